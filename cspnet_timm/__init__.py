@@ -1,0 +1,40 @@
+"""Cross Stage Partial (CSP) backbones for timm.
+
+Installing this package registers its models with timm, and so does importing it: ``timm.list_models('cspnet_*')``.
+The public names below are imported when they are used, since this module runs while torch is being imported.
+"""
+from typing import TYPE_CHECKING, Any, List
+
+from . import autoload
+from .autoload import register
+
+if TYPE_CHECKING:
+    from .backbone import CspBackbone
+    from .cross_stage import ComposedStage, CrossStage
+
+__version__ = '0.1.0'
+__all__ = ['ComposedStage', 'CrossStage', 'CspBackbone', 'register']
+
+_PUBLIC = {
+    'ComposedStage': 'cross_stage',
+    'CrossStage': 'cross_stage',
+    'CspBackbone': 'backbone',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from importlib import import_module
+
+    value = getattr(import_module(f'{__name__}.{_PUBLIC[name]}'), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> List[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+if not autoload.torch_is_importing():
+    autoload.watch()

@@ -1,0 +1,125 @@
+"""Registers the models when timm is imported, so that nobody has to import this package.
+
+torch loads the entry points of the group ``torch.backends`` at the end of ``import torch``, and this package has one
+there: :func:`install`. It puts a hook on the import of ``timm.models`` that imports :mod:`cspnet_timm.families` once
+timm's own models are there. Whatever goes wrong in between becomes one warning; ``import torch`` and ``import timm``
+never fail for it. ``CSPNET_TIMM_AUTOLOAD=0`` turns the entry point off; ``import cspnet_timm`` works regardless.
+
+This module runs while torch is only half imported, in every process that uses torch: the standard library's cheapest
+modules are all it may import.
+"""
+import os
+import sys
+
+__all__ = ['install', 'register']
+
+_PACKAGE = __name__.partition('.')[0]
+_TARGET = 'timm.models'
+
+TYPE_CHECKING = False  # as typing's, which costs time to import
+if TYPE_CHECKING:
+    from typing import Any, Optional, Sequence
+
+
+def register() -> None:
+    """Register every model of this package with timm, now.
+
+    Importing the package does this by itself, at once or as soon as timm is imported.
+
+    Raises:
+        ImportError: If timm, or something that the models need of it, is missing.
+    """
+    from importlib import import_module
+
+    import_module(f'{_PACKAGE}.families')
+
+
+def install() -> None:
+    """Entry point that torch calls at the end of its own import: arrange for the models to be registered."""
+    try:
+        if os.environ.get('CSPNET_TIMM_AUTOLOAD', '1').strip().lower() in ('0', 'false', 'no', 'off'):
+            if not _watching():
+                # torch has imported the package to get here, and the user did not: forget it, so that his own
+                # `import cspnet_timm` still runs it and registers the models.
+                for name in [m for m in sys.modules if m == _PACKAGE or m.startswith(f'{_PACKAGE}.')]:
+                    del sys.modules[name]
+            return
+        watch()
+    except Exception as error:  # torch would turn it into a failure of `import torch`
+        _warn(error)
+
+
+def watch() -> None:
+    """Register as soon as ``timm.models`` is there: at once if it is, otherwise when it has been imported."""
+    if _is_loaded(_TARGET):
+        register()
+    elif not _watching():
+        sys.meta_path.insert(0, _Finder())
+
+
+def torch_is_importing() -> bool:
+    """Whether this code runs within ``import torch``, as the entry point does."""
+    return 'torch' in sys.modules and not _is_loaded('torch')
+
+
+def _is_loaded(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not getattr(getattr(module, '__spec__', None), '_initializing', False)
+
+
+def _watching() -> bool:
+    return any(getattr(finder, 'cspnet_timm_hook', False) for finder in sys.meta_path) or (
+        f'{_PACKAGE}.families' in sys.modules)
+
+
+def _warn(error: BaseException) -> None:
+    import warnings
+
+    message = (
+        f'cspnet_timm: its models are not registered with timm ({type(error).__name__}: {error}). '
+        'Set CSPNET_TIMM_AUTOLOAD=0 to silence this.'
+    )
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # warnings are errors here, and an error is what must not come of this
+        sys.stderr.write(f'{message}\n')
+
+
+class _Finder:
+    """Finds ``timm.models`` as the other finders do, and has the models registered once it has been executed."""
+
+    cspnet_timm_hook = True
+
+    def find_spec(self, name: str, path: 'Optional[Sequence[str]]' = None, target: 'Any' = None) -> 'Any':
+        if name != _TARGET:
+            return None
+        for finder in list(sys.meta_path):
+            find_spec = getattr(finder, 'find_spec', None)
+            spec = find_spec(name, path, target) if finder is not self and find_spec is not None else None
+            if spec is not None:
+                self._hook(spec.loader)
+                return spec
+        return None
+
+    def _hook(self, loader: 'Any') -> None:
+        try:
+            execute = loader.exec_module
+
+            def exec_module(module: 'Any') -> None:
+                execute(module)
+                if module.__name__ == _TARGET:
+                    self._loaded()
+
+            # On the loader found, so that the spec keeps a loader of its own kind: pickling, reloading, inspection
+            # and resources go on as if there were no hook.
+            loader.exec_module = exec_module
+        except Exception as error:
+            _warn(error)
+
+    def _loaded(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            try:
+                register()
+            except Exception as error:
+                _warn(error)

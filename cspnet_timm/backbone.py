@@ -1,0 +1,403 @@
+"""Stem, levels and head: everything that timm and the libraries around it ask of a backbone, written once.
+
+The taps are direct children of the model and have no dots in their names: ``stem``, ``layer1`` … ``layer4``, at strides
+2, 4, 8, 16 and 32. What breaks in detection and segmentation libraries without that is listed in ``docs/design.md``.
+"""
+import functools
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import ClassifierHead, DropBlock2d, calculate_drop_path_rates, get_device_dtype
+from timm.models import checkpoint, named_apply
+from timm.models._features import feature_take_indices
+
+from .layers import ActLayer, NormLayer, bind_norm_layer
+
+__all__ = ['BackboneCfg', 'CspBackbone', 'Level', 'LevelArgs', 'StateDict']
+
+StateDict = Dict[str, torch.Tensor]
+
+OUTPUT_STRIDES = (8, 16, 32)
+MAX_LEVELS = 6
+
+
+@dataclass(frozen=True)
+class LevelArgs:
+    """What the backbone tells a level about its surroundings.
+
+    Attributes:
+        stride: Stride that the level applies, 1 if ``output_stride`` has replaced it by dilation.
+        first_dilation: Dilation of the convolution that would stride.
+        dilation: Dilation of every other convolution.
+        drop_path: Drop path rate of each residual block.
+        drop_block: Creates the level's DropBlock, None if there is none.
+        layers: ``act_layer``, ``norm_layer``, ``device`` and ``dtype``, for every layer to be created with.
+    """
+
+    stride: int
+    first_dilation: int
+    dilation: int
+    drop_path: Tuple[float, ...]
+    drop_block: Optional[Callable[[], nn.Module]]
+    layers: Dict[str, Any]
+
+    def block_kwargs(self, index: int) -> Dict[str, Any]:
+        """Arguments of the level's block number ``index``: dilation, drop path, DropBlock and the layers' own."""
+        return dict(
+            dilation=self.dilation, drop_path=self.drop_path[index], drop_block=self.drop_block, **self.layers)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One tap of a backbone.
+
+    Attributes:
+        build: Called with the input's channels and a :class:`LevelArgs`, returns the module.
+        out_chs: Channels of the output.
+        stride: 2, or 1 for a level that keeps the size.
+        depth: Residual blocks in it, which share in the drop path schedule.
+    """
+
+    build: Callable[[int, LevelArgs], nn.Module]
+    out_chs: int
+    stride: int = 2
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class BackboneCfg:
+    """A network as numbers and builders.
+
+    Attributes:
+        levels: The stem and the layers behind it.
+        act_layer: Activation.
+        norm_layer: Normalisation.
+        bn_eps: Epsilon that the released weights were trained with; no state dict carries it.
+        bn_momentum: Momentum, as PyTorch counts it.
+        head: Called with ``in_features``, ``num_classes``, ``pool_type``, ``drop_rate``, ``device`` and ``dtype`` by
+            keyword (and ``act_layer`` and ``norm_layer`` as ``layers`` has them); timm's ``ClassifierHead`` if None.
+        convert: Turns a state dict under other key names into one of this model; returns native ones as they are.
+    """
+
+    levels: Tuple[Level, ...]
+    act_layer: ActLayer = 'silu'
+    norm_layer: NormLayer = 'batchnorm2d'
+    bn_eps: float = 1e-5
+    bn_momentum: float = 0.1
+    head: Optional[Callable[..., nn.Module]] = None
+    convert: Optional[Callable[[StateDict, nn.Module], StateDict]] = field(default=None, compare=False)
+
+
+class CspBackbone(nn.Module):
+    """A cross stage partial network: classifier, and feature extractor for detection and segmentation.
+
+    Input ``(B, in_chans, H, W)``. Level i of ``forward_intermediates`` and of ``features_only`` is
+    ``(B, feature_info[i]['num_chs'], H / r, W / r)`` with ``r = feature_info[i]['reduction']``; the logits are
+    ``(B, num_classes)``.
+    """
+
+    def __init__(
+            self,
+            cfg: BackboneCfg,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            output_stride: int = 32,
+            act_layer: ActLayer = None,
+            norm_layer: NormLayer = None,
+            bn_eps: Optional[float] = None,
+            bn_momentum: Optional[float] = None,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            drop_block_rate: float = 0.,
+            zero_init_last: bool = False,
+            device: Optional[Union[torch.device, str]] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        """
+        Args:
+            cfg: The network.
+            in_chans: Channels of the input.
+            num_classes: Classes, 0 for the pooled features.
+            global_pool: timm's pooling name: ``'avg'``, ``'max'``, ``'avgmax'``, ``'catavgmax'``, or ``''`` for none.
+            output_stride: Largest stride, 8, 16 or 32: the levels behind it keep their size and dilate.
+            act_layer: Replaces the network's activation, a class or timm's name.
+            norm_layer: Replaces the network's normalisation, a class or timm's name.
+            bn_eps: Replaces the network's batch norm epsilon.
+            bn_momentum: Replaces the network's batch norm momentum.
+            drop_rate: Dropout before the classifier.
+            drop_path_rate: Stochastic depth of the last level; it grows linearly with the levels.
+            drop_block_rate: DropBlock in the last two levels, as timm's ResNet does it.
+            zero_init_last: Start every residual block as the identity.
+            device: Where to create the parameters.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: If ``output_stride`` is none of 8, 16 and 32, or a classifier is asked for without pooling.
+        """
+        super().__init__()
+        if output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f'output_stride={output_stride} does not exist, choose one of 8, 16 and 32.')
+        if not 2 <= len(cfg.levels) <= MAX_LEVELS:
+            raise ValueError(f'{len(cfg.levels)} levels cannot be built, a backbone has 2 to {MAX_LEVELS}.')
+        if num_classes and not global_pool:
+            raise ValueError(
+                f'global_pool=\'\' gives maps, which num_classes={num_classes} cannot classify: '
+                'pass num_classes=0, or a pooling such as \'avg\'.'
+            )
+        dd = {'device': device, 'dtype': dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.feature_info = []  # type: List[Dict[str, Any]]
+
+        layers: Dict[str, Any] = dict(
+            act_layer=act_layer or cfg.act_layer,
+            norm_layer=bind_norm_layer(
+                norm_layer or cfg.norm_layer,
+                defaults={'eps': cfg.bn_eps, 'momentum': cfg.bn_momentum},
+                overrides={'eps': bn_eps, 'momentum': bn_momentum},
+            ),
+            **dd,
+        )
+        depths = [level.depth for level in cfg.levels]
+        drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        chs, reduction, dilation = in_chans, 1, 1
+        for i, (level, drop_path) in enumerate(zip(cfg.levels, drop_paths)):
+            first_dilation, stride = dilation, level.stride
+            if stride > 1 and reduction >= output_stride:
+                dilation *= stride
+                stride = 1
+            args = LevelArgs(
+                stride, first_dilation, dilation, tuple(drop_path),  # type: ignore[arg-type]
+                drop_block=_drop_block(drop_block_rate, levels_behind=len(cfg.levels) - 1 - i),
+                layers=layers,
+            )
+            name = f'layer{i}' if i else 'stem'
+            self.add_module(name, level.build(chs, args))
+            chs = level.out_chs
+            reduction *= stride
+            self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=name))
+
+        self.num_features = chs
+        head_kwargs: Dict[str, Any] = dict(
+            in_features=chs, num_classes=num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        if cfg.head is not None:
+            head_kwargs.update(act_layer=layers['act_layer'], norm_layer=layers['norm_layer'])
+        self.head: Any = (cfg.head or ClassifierHead)(**head_kwargs)
+        self.head_hidden_size = self.head.num_features
+
+        named_apply(functools.partial(_init_weights, zero_init_last=zero_init_last), self)
+        if cfg.convert is not None:
+            self.register_load_state_dict_pre_hook(functools.partial(_convert_on_load, cfg.convert))
+
+    @torch.jit.ignore
+    def levels(self) -> List[nn.Module]:
+        """The stem and the layers behind it, those that pruning has left."""
+        names = (info['module'] for info in self.feature_info)
+        return [getattr(self, name) for name in names if hasattr(self, name)]
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Union[Dict[str, str], Callable[[str], Tuple[float, ...]]]:
+        """Patterns that group the parameters for layer-wise decay.
+
+        Args:
+            coarse: One group per level, not per block.
+
+        Returns:
+            A matcher as timm's ``group_parameters`` takes it.
+        """
+        if coarse:
+            return dict(stem=r'^stem', blocks=r'^layer(\d+)')
+        # Whatever stands in a level before its blocks is of their first group, what stands behind of their last.
+        ordinals: Dict[str, Tuple[int, int]] = {}
+        for i, level in enumerate(self.levels()):
+            block = 0
+            for name, _ in level.named_parameters():
+                parts = name.split('.')
+                if 'blocks' in parts[:-1] and parts[parts.index('blocks') + 1].isdigit():
+                    block = int(parts[parts.index('blocks') + 1])
+                module = f'layer{i}' if i else 'stem'
+                ordinals[f'{module}.{name}'] = (i, block)
+
+        def group(name: str) -> Tuple[float, ...]:
+            ordinal = ordinals.get(name)
+            return (float('inf'),) if ordinal is None else (0,) if ordinal[0] == 0 else (1,) + ordinal
+
+        return group
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the levels' inputs for the backward pass and compute the rest again.
+
+        Args:
+            enable: Turn it on or off.
+        """
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last layer, which gives the logits."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: New number of classes, 0 for none.
+            global_pool: New pooling; None keeps the one there is, ``''`` leaves the maps unpooled.
+        """
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Compute the features and the levels' outputs on the way.
+
+        Args:
+            x: Pictures ``(B, in_chans, H, W)``.
+            indices: The last n levels if an int, the named ones if a sequence, all if None.
+            norm: Without effect, there is no final normalisation.
+            stop_early: Stop at the last level that is asked for.
+            output_fmt: ``'NCHW'``.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The last features and the list of the levels' outputs, or that list alone.
+        """
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
+        intermediates: List[torch.Tensor] = []
+        if torch.jit.is_scripting():
+            outputs = self._scripted_levels(x)
+            take_indices, _ = feature_take_indices(len(outputs), indices)
+            for i, x in enumerate(outputs):
+                if i in take_indices:
+                    intermediates.append(x)
+        else:
+            levels = self.levels()
+            take_indices, max_index = feature_take_indices(len(levels), indices)
+            for i, level in enumerate(levels[:max_index + 1] if stop_early else levels):
+                x = checkpoint(level, x) if self.grad_checkpointing else level(x)
+                if i in take_indices:
+                    intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what the given levels do not need.
+
+        Args:
+            indices: The last n levels if an int, else the levels to keep.
+            prune_norm: Without effect, there is no final normalisation.
+            prune_head: Remove the head also if the last level stays.
+
+        Returns:
+            The levels' indices, counted from the first.
+        """
+        num_levels = len(self.levels())
+        take_indices, max_index = feature_take_indices(num_levels, indices)
+        prune_end = max_index < num_levels - 1
+        for info in self.feature_info[max_index + 1:num_levels]:
+            delattr(self, info['module'])
+        self.num_features = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            # A head with layers of its own would keep them, and they would never get a gradient.
+            self.head = ClassifierHead(
+                self.num_features, 0, pool_type='', drop_rate=self.drop_rate).train(self.training)
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def _scripted_levels(self, x: torch.Tensor) -> List[torch.Tensor]:
+        # TorchScript cannot look a child up by name, but decides hasattr while it compiles.
+        outputs = [self.stem(x)]
+        if hasattr(self, 'layer1'):
+            outputs.append(self.layer1(outputs[-1]))
+        if hasattr(self, 'layer2'):
+            outputs.append(self.layer2(outputs[-1]))
+        if hasattr(self, 'layer3'):
+            outputs.append(self.layer3(outputs[-1]))
+        if hasattr(self, 'layer4'):
+            outputs.append(self.layer4(outputs[-1]))
+        if hasattr(self, 'layer5'):
+            outputs.append(self.layer5(outputs[-1]))
+        return outputs
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the last level's output.
+
+        Args:
+            x: Pictures ``(B, in_chans, H, W)``.
+
+        Returns:
+            Features ``(B, num_features, H', W')``.
+        """
+        if torch.jit.is_scripting():
+            return self._scripted_levels(x)[-1]
+        for level in self.levels():
+            x = checkpoint(level, x) if self.grad_checkpointing else level(x)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool and classify.
+
+        Args:
+            x: Features ``(B, num_features, H', W')``.
+            pre_logits: Stop before the classifier.
+
+        Returns:
+            Logits ``(B, num_classes)``, or ``(B, head_hidden_size)`` before them.
+        """
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Classify pictures ``(B, in_chans, H, W)``: ``(B, num_classes)``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _drop_block(rate: float, levels_behind: int) -> Optional[Callable[[], nn.Module]]:
+    if not rate or levels_behind > 1:
+        return None
+    block_size, gamma_scale = ((3, 1.), (5, 0.25))[levels_behind]
+    return functools.partial(DropBlock2d, drop_prob=rate, block_size=block_size, gamma_scale=gamma_scale)
+
+
+def _init_weights(module: nn.Module, name: str, zero_init_last: bool = False) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, mean=0.0, std=0.01)
+        nn.init.zeros_(module.bias)
+    elif zero_init_last and hasattr(module, 'zero_init_last'):
+        module.zero_init_last()
+
+
+def _convert_on_load(
+        convert: Callable[[StateDict, nn.Module], StateDict],
+        module: nn.Module,
+        state_dict: StateDict,
+        prefix: str,
+        *args: Any,
+) -> None:
+    # Loading through timm's load_checkpoint (checkpoint_path, --resume) passes no filter, hence this second door.
+    own = {k[len(prefix):]: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
+    state_dict.update({prefix + k: v for k, v in convert(own, module).items()})

@@ -1,0 +1,140 @@
+"""What every family's file calls: build a variant, describe its weights, register it."""
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Sequence, Tuple, Union
+
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint
+from timm.models import register_model as timm_register_model
+
+from ..backbone import BackboneCfg, CspBackbone
+from ..checkpoints import read_foreign
+
+__all__ = ['WEIGHTS', 'WeightsInfo', 'build_backbone', 'default_cfg', 'describe_weights', 'register_model']
+
+IN1K = 'ImageNet-1k'
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """Where a set of weights comes from, beyond what timm's ``PretrainedCfg`` records.
+
+    Attributes:
+        data: What they were trained on.
+        source: Who trained and published them, and where.
+        license: Their licence, as an SPDX name in lower case.
+        metrics: Published figures, e.g. ``{'top1': 77.9, 'size': 256}``; accuracies in percent.
+        metrics_source: Where the figures are published.
+    """
+
+    data: str
+    source: str
+    license: str
+    metrics: Dict[str, float]
+    metrics_source: str = ''
+
+
+WEIGHTS: Dict[str, WeightsInfo] = {}  # by 'architecture.tag', every set of weights of the package
+
+
+def default_cfg(**kwargs: Any) -> Dict[str, Any]:
+    """timm's default config of an ImageNet classifier of this package, with the given entries replaced."""
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
+        'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv', 'classifier': 'head.fc', 'license': 'apache-2.0',
+        'paper_ids': 'arXiv:1911.11929',
+        'paper_name': 'CSPNet: A New Backbone that can Enhance Learning Capability of CNN',
+        **kwargs,
+    }
+
+
+def describe_weights(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
+    """Make timm's default configs, and note in :data:`WEIGHTS` what timm has no field for.
+
+    Args:
+        cfgs: Config by 'architecture.tag'; an entry ``info`` holds the fields of :class:`WeightsInfo` but the licence.
+
+    Returns:
+        What timm's ``generate_default_cfgs`` makes of them.
+    """
+    plain: Dict[str, Union[Dict[str, Any], PretrainedCfg]] = {}
+    for name, cfg in cfgs.items():
+        cfg = dict(cfg)
+        info = cfg.pop('info', None)
+        if info is not None:
+            WEIGHTS[name.rstrip('*')] = WeightsInfo(license=cfg['license'], **info)
+        plain[name] = cfg
+    return generate_default_cfgs(plain)
+
+
+def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """timm's decorator, but a name that timm has itself stays timm's."""
+    name = fn.__name__
+    if is_model(name) and model_entrypoint(name).__module__.split('.')[0] != __name__.split('.')[0]:
+        return fn
+    return timm_register_model(fn)
+
+
+def _check_out_indices(variant: str, out_indices: Union[int, Sequence[int]], num_levels: int) -> Tuple[int, ...]:
+    allowed = f'{variant} has the levels 0 to {num_levels - 1}, or {-num_levels} to -1 from the end'
+    if isinstance(out_indices, int):
+        if not 1 <= out_indices <= num_levels:
+            raise ValueError(f'out_indices={out_indices} takes the last {out_indices} levels, but {allowed}.')
+        return tuple(range(num_levels - out_indices, num_levels))
+    for index in out_indices:
+        if not -num_levels <= index < num_levels:
+            raise ValueError(f'out_indices={tuple(out_indices)}: {index} is out of range, {allowed}.')
+    absolute = [index % num_levels for index in out_indices]
+    if not absolute or len(set(absolute)) < len(absolute):
+        raise ValueError(f'out_indices={tuple(out_indices)} must name at least one level, and none twice; {allowed}.')
+    # timm's extractors give the maps in the network's order whatever the order of the indices, but report the
+    # channels in the order of the indices: sorted, both agree.
+    return tuple(sorted(absolute))
+
+
+def _read_foreign_file(cfg: BackboneCfg, kwargs: Dict[str, Any]) -> None:
+    """Hand timm the state dict of a file that it cannot read itself, in place of the file.
+
+    timm clears ``custom_load`` when an overlay names a file, so that a model's own loader is never asked.
+    """
+    overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    if not overlay.get('file'):
+        return
+    state_dict = read_foreign(overlay['file'], CspBackbone(cfg, device='meta'))
+    if state_dict is not None:
+        overlay.update(file=None, state_dict=state_dict)
+        kwargs['pretrained_cfg_overlay'] = overlay
+
+
+def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: Any) -> CspBackbone:
+    """Build a registered variant the way timm builds its own.
+
+    Args:
+        variant: Name of the entrypoint.
+        pretrained: Load the weights of the pretrained config.
+        cfg: The network.
+        **kwargs: What ``timm.create_model`` passes on, for timm's builder and for :class:`CspBackbone`.
+
+    Returns:
+        The model, or timm's feature extractor around it if ``features_only``.
+
+    Raises:
+        ValueError: If ``out_indices`` names a level that does not exist.
+        CheckpointError: If a foreign file is damaged or holds another network.
+        TypeError: If an argument is unknown.
+    """
+    num_levels = len(cfg.levels)
+    if kwargs.get('features_only') and kwargs.get('out_indices') is not None:
+        kwargs['out_indices'] = _check_out_indices(variant, kwargs['out_indices'], num_levels)
+    if pretrained:
+        _read_foreign_file(cfg, kwargs)
+    return build_model_with_cfg(
+        CspBackbone,
+        variant,
+        pretrained,
+        model_cfg=cfg,
+        feature_cfg=dict(out_indices=tuple(range(num_levels))),
+        pretrained_filter_fn=cfg.convert,
+        **kwargs,
+    )

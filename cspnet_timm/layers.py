@@ -1,0 +1,219 @@
+"""The few layers that timm lacks, or has in a form that its consumers cannot take apart."""
+import functools
+import inspect
+from collections import OrderedDict
+from typing import Any, Callable, Dict, Optional, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import create_act_layer, get_act_layer, get_norm_layer
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+__all__ = ['ActLayer', 'ChannelSlice', 'ConvNormAct', 'NormLayer', 'bind_norm_layer', 'create_act', 'create_norm',
+           'fold_batch_norm', 'zero_init']
+
+ActLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
+NormLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
+
+# Their gradient needs the output alone, so that the in-place form saves a map; for SiLU and its like it saves nothing.
+_INPLACE_ACTS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
+
+
+def create_act(act_layer: ActLayer) -> nn.Module:
+    """Create an activation, in place where that saves memory in training.
+
+    Args:
+        act_layer: A class, a partial of one, or one of timm's names (``'silu'``, ``'mish'``, ``'leaky_relu'``).
+
+    Returns:
+        The module.
+    """
+    layer = get_act_layer(act_layer)
+    cls = layer.func if isinstance(layer, functools.partial) else layer
+    inplace = True if isinstance(cls, type) and issubclass(cls, _INPLACE_ACTS) else None
+    return create_act_layer(layer, inplace=inplace)
+
+
+def _accepts(layer: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(layer).parameters.values()
+    return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def create_norm(
+        norm_layer: NormLayer,
+        num_features: int,
+        device: Optional[Union[torch.device, str]] = None,
+        dtype: Optional[torch.dtype] = None,
+) -> nn.Module:
+    """Create a normalisation layer, also of classes that know nothing of ``device`` and ``dtype``.
+
+    Args:
+        norm_layer: A class (torchvision's and detectron2's ``FrozenBatchNorm2d`` included), a partial of one, or one
+            of timm's names (``'batchnorm2d'``, ``'groupnorm'``, ``'frozenbatchnorm2d'``).
+        num_features: Channels to normalise.
+        device: Where to create it.
+        dtype: Type of its parameters.
+
+    Returns:
+        The module.
+    """
+    layer = get_norm_layer(norm_layer)
+    if _accepts(layer, 'device'):
+        return layer(num_features, device=device, dtype=dtype)
+    return layer(num_features).to(device=device, dtype=dtype)
+
+
+def bind_norm_layer(
+        norm_layer: NormLayer,
+        defaults: Dict[str, float],
+        overrides: Dict[str, Optional[float]],
+) -> NormLayer:
+    """Bind a network's epsilon and momentum to a normalisation layer.
+
+    What the caller has bound already wins over the network's defaults; what the caller asks for by name wins over both.
+
+    Args:
+        norm_layer: A class, a partial of one, or one of timm's names.
+        defaults: What the network's released weights were trained with, e.g. ``{'eps': 1e-3, 'momentum': 0.03}``.
+        overrides: What the caller asks for; ``None`` where he does not.
+
+    Returns:
+        The layer with the arguments bound that it accepts.
+
+    Raises:
+        ValueError: If an override is asked for that the layer does not have.
+    """
+    layer = get_norm_layer(norm_layer)
+    bound = dict(layer.keywords) if isinstance(layer, functools.partial) else {}
+    wanted = {k: v for k, v in overrides.items() if v is not None}
+    for name in wanted:
+        if not _accepts(layer, name):
+            raise ValueError(f'bn_{name}={wanted[name]} was given, but norm_layer {layer} has no argument {name!r}.')
+    kwargs = {**{k: v for k, v in defaults.items() if _accepts(layer, k)}, **bound, **wanted}
+    return functools.partial(layer, **kwargs) if kwargs else layer
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution, normalisation and activation, as plain modules in a row: ``conv``, ``bn``, ``act``.
+
+    timm's layer of the same name holds normalisation and activation in one module. SyncBN conversion and every naive
+    batch-norm folding replace that module and lose the activation without a word, hence this one. What is left out
+    (``norm_layer=None``, ``act_layer=None``) is no child at all.
+
+    Input ``(B, in_chs, H, W)``, output ``(B, out_chs, H', W')`` with ``H' = ceil(H / stride)`` at the default padding.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            kernel_size: int = 1,
+            stride: int = 1,
+            dilation: int = 1,
+            groups: int = 1,
+            padding: Optional[int] = None,
+            act_layer: ActLayer = nn.SiLU,
+            norm_layer: NormLayer = nn.BatchNorm2d,
+            drop_layer: Optional[Callable[[], nn.Module]] = None,
+            device: Optional[Union[torch.device, str]] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Side of the kernel.
+            stride: Stride of the convolution.
+            dilation: Spacing of the kernel's points.
+            groups: Groups of the convolution.
+            padding: Zeros on each side, symmetric "same" padding if None.
+            act_layer: Activation, none if None.
+            norm_layer: Normalisation, none (and a bias in the convolution) if None.
+            drop_layer: Creates what drops parts of the map between normalisation and activation (DropBlock).
+            device: Where to create the parameters.
+            dtype: Type of the parameters.
+        """
+        if padding is None:
+            padding = dilation * (kernel_size - 1) // 2
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers['conv'] = nn.Conv2d(
+            in_chs, out_chs, kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            bias=norm_layer is None, device=device, dtype=dtype,
+        )
+        if norm_layer is not None:
+            layers['bn'] = create_norm(norm_layer, out_chs, device=device, dtype=dtype)
+        if drop_layer is not None:
+            layers['drop'] = drop_layer()
+        if act_layer is not None:
+            layers['act'] = create_act(act_layer)
+        super().__init__(layers)
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Fold the batch norm's running statistics into the convolution, whichever mode the module is in.
+
+        timm's ``reparameterize_model`` calls this.
+
+        Returns:
+            An ``nn.Sequential`` without batch norm, or this module if its norm is none that can be folded.
+        """
+        bn = getattr(self, 'bn', None)
+        if bn is None or getattr(bn, 'running_mean', None) is None:
+            return self
+        layers = OrderedDict(self.named_children())
+        del layers['bn']
+        layers['conv'] = fold_batch_norm(self.conv, bn)
+        return nn.Sequential(layers).train(self.training)
+
+
+def fold_batch_norm(conv: Any, bn: Any) -> nn.Conv2d:
+    """Merge a convolution and the (frozen) batch norm behind it into one convolution.
+
+    Args:
+        conv: The convolution, an ``nn.Conv2d``.
+        bn: A module with ``running_mean``, ``running_var``, ``weight``, ``bias`` and ``eps``.
+
+    Returns:
+        A new convolution with a bias that gives what both gave in eval mode.
+    """
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+    fused = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, padding=conv.padding,
+        dilation=conv.dilation, groups=conv.groups, bias=True, device='meta',
+    )
+    fused.weight, fused.bias = weight, bias
+    return fused.train(conv.training)
+
+
+def zero_init(layer: nn.Module) -> None:
+    """Set the gamma of a :class:`ConvNormAct` to zero, so that a residual block starts as the identity.
+
+    Args:
+        layer: The layer; one without a norm, or with one that has no gamma, stays as it is.
+    """
+    gamma: Any = getattr(getattr(layer, 'bn', None), 'weight', None)
+    if gamma is not None:
+        nn.init.zeros_(gamma)
+
+
+class ChannelSlice(nn.Module):
+    """A range of the channels: ``(B, C, H, W)`` to ``(B, stop - start, H, W)``."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        """
+        Args:
+            start: First channel.
+            stop: Channel behind the last one.
+        """
+        super().__init__()
+        self.start = start
+        self.stop = stop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the channels."""
+        return x[:, self.start:self.stop]
+
+    def extra_repr(self) -> str:
+        """Show the range in the printed model."""
+        return f'{self.start}, {self.stop}'
