@@ -4,8 +4,8 @@ A convolution is stored as bias, then scale, mean and variance if it has a batch
 weights; :attr:`~cspnet_timm.backbone.BackboneCfg.file_order` says which convolution comes when. Nothing in a file names
 its network, but its length does: it is compared before a single number is read.
 
-Darknet numbers the classes of ImageNet in an order of its own, which ``data/darknet_imagenet_order.txt`` lists; the rows
-of a classifier of 1000 classes are put into the order of the sorted WordNet ids, timm's and everybody's else.
+Darknet numbers the classes of ImageNet in an order of its own, which ``data/darknet_imagenet_order.txt`` lists; the
+rows of a classifier of 1000 classes are put into the order of the sorted WordNet ids, timm's and everybody's else.
 
 Format: https://github.com/AlexeyAB/darknet, ``src/parser.c``
 """
@@ -15,7 +15,7 @@ import re
 import struct
 from importlib import resources
 from pathlib import Path
-from typing import BinaryIO, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def _layers(model: nn.Module) -> List[List[_Tensor]]:
     order = getattr(model, 'file_order', None)
     layers = []
     for name in order(model) if order is not None else ():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         conv, bn, prefix = getattr(module, 'conv', module), getattr(module, 'bn', None), f'{name}.'
         if bn is None:
             tensors = [_Tensor(f'{prefix}bias', tuple(conv.bias.shape))]
@@ -105,7 +105,8 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> int:
     major, minor, revision = struct.unpack('<3i', file.read(12))
     if not all(0 <= number < _MAX_VERSION for number in (major, minor, revision)):
         raise CheckpointError(
-            f'{path}: is no Darknet file, its version would be {major}.{minor}.{revision} (0.1.0, 0.2.0 and 0.2.5 exist).'
+            f'{path}: is no Darknet file: its version would be {major}.{minor}.{revision}, '
+            'and 0.1.0, 0.2.0 and 0.2.5 exist.'
         )
     length = 20 if major * 10 + minor >= 2 else 16  # behind the version, the pictures seen as 64 or 32 bits
     if size < length:
@@ -152,7 +153,9 @@ def _check_size(path: Path, layers: List[List[_Tensor]], num_bytes: int, allow_p
         classes, left = divmod(num_bytes - _num_bytes(layers[:-1]), 4 * (features + 1))
         if classes > 0 and not left:
             message += (
-                f' It would fit with {classes} classes: pass pretrained_cfg_overlay=dict(file=…, num_classes={classes}).')
+                f' It would fit with {classes} classes: '
+                f'pass pretrained_cfg_overlay=dict(file=…, num_classes={classes}).'
+            )
         elif num_bytes < expected:
             message += f' It ends within convolution {held + 1} of {len(layers)}: is it truncated?'
     raise CheckpointError(message)

@@ -4,9 +4,15 @@ from typing import Any, Callable, Dict, Sequence, Tuple, Union
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    model_entrypoint,
+    resolve_pretrained_cfg,
+)
 from timm.models import register_model as timm_register_model
-from timm.models import resolve_pretrained_cfg
 
 from ..backbone import BackboneCfg, CspBackbone
 from ..checkpoints import read_foreign

@@ -6,6 +6,7 @@ Cfgs and weights: https://github.com/WongKinYiu/CrossStagePartialNetworks
 """
 from collections import OrderedDict
 from functools import partial
+from itertools import pairwise
 from typing import Any, List, Optional, Tuple
 
 import torch.nn as nn
@@ -26,7 +27,7 @@ def _mobile_layer(in_chs: int, args: LevelArgs, block_chs: Tuple[int, ...], out_
     # widens its channels six times by the 1×1, these do it three times there and twice by the depthwise convolution.
     first: Any = dict(dilation=args.first_dilation, stride=args.stride)
     blocks = [InvertedBlock(in_chs, block_chs[0], depth_multiplier=2, **{**args.block_kwargs(0), **first})]
-    for i, (before, after) in enumerate(zip(block_chs[:-1], block_chs[1:])):
+    for i, (before, after) in enumerate(pairwise(block_chs)):
         blocks.append(InvertedBlock(before, after, 3 * before, depth_multiplier=2, **args.block_kwargs(i + 1)))
     return ComposedStage(
         blocks=nn.Sequential(*blocks),
@@ -69,7 +70,7 @@ def _plain_layer(
     blocks = nn.Sequential(*[
         InvertedBlock(
             before, after, expansion * before, **{**args.block_kwargs(i), **({} if i else first)})
-        for i, (before, after) in enumerate(zip(chs[:-1], chs[1:]))
+        for i, (before, after) in enumerate(pairwise(chs))
     ])
     layers: OrderedDict[str, nn.Module] = OrderedDict(blocks=blocks)
     if last_chs is not None:

@@ -2,7 +2,8 @@
 
 timm's ``cspresnet50``, ``cspresnext50`` and ``cspdarknet53`` are other networks: what differs is listed in
 ``docs/paper.md``. The suffixes are ``_elastic`` for blocks that work on half their channels at half the resolution, and
-``_mish`` for Mish in place of the leaky ReLU ("omega"). Both branches of a stage get a 1×1 convolution of the whole input.
+``_mish`` for Mish in place of the leaky ReLU ("omega"). Both branches of a stage get a 1×1 convolution of the whole
+input. CSPMobileNetV2 is in ``mobilenetv2.py``.
 
 Paper: `CSPNet: A New Backbone that can Enhance Learning Capability of CNN`, https://arxiv.org/abs/1911.11929
 Cfgs and weights: https://github.com/WongKinYiu/CrossStagePartialNetworks
@@ -80,7 +81,7 @@ def _res_levels(
         groups: int = 1,
         first_entry_chs: int = 64,
 ) -> Tuple[Level, ...]:
-    """CSPResNe(X)t-50: the first stage's entry may be narrower than its blocks, and two stages' partitions are linear."""
+    """CSPResNe(X)t-50: the first stage's entry may be narrower than its blocks, two stages' partitions are linear."""
     levels = [Level(lambda chs, args: ConvNormAct(chs, 64, 7, stride=args.stride, **args.layers), 64)]
     for i, (chs, out, depth) in enumerate(zip((128, 256, 512, 1024), out_chs, (3, 3, 5, 2))):
         levels.append(Level(partial(
