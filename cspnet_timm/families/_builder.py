@@ -64,6 +64,8 @@ def describe_weights(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
         info = cfg.pop('info', None)
         if info is not None:
             WEIGHTS[name.rstrip('*')] = WeightsInfo(license=cfg['license'], **info)
+        else:
+            cfg.pop('license', None)  # there are no weights that it could be the licence of
         plain[name] = cfg
     return generate_default_cfgs(plain)
 
@@ -129,7 +131,7 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
         kwargs['out_indices'] = _check_out_indices(variant, kwargs['out_indices'], num_levels)
     if pretrained:
         _read_foreign_file(cfg, kwargs)
-    return build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         CspBackbone,
         variant,
         pretrained,
@@ -138,3 +140,10 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
         pretrained_filter_fn=cfg.convert,
         **kwargs,
     )
+    model.pretrained = pretrained and _names_its_weights(kwargs.get('pretrained_cfg_overlay') or {})
+    return model
+
+
+def _names_its_weights(overlay: Dict[str, Any]) -> bool:
+    """Whether the pretrained config still says where the weights come from, and not a file of the caller's."""
+    return 'license' in overlay or not any(overlay.get(k) for k in ('file', 'url', 'state_dict', 'hf_hub_id'))
