@@ -10,7 +10,7 @@ import importlib
 import logging
 from pathlib import Path
 from types import ModuleType
-from typing import Dict, Optional, Tuple, Union
+from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -19,7 +19,8 @@ from ._errors import CheckpointError
 from .description import Checkpoint, TensorInfo
 from .fitting import Convert, check_activations, convert_eps, trace_norms
 
-__all__ = ['Checkpoint', 'CheckpointError', 'TensorInfo', 'fitted_state_dict', 'open_checkpoint', 'read_foreign']
+__all__ = ['Checkpoint', 'CheckpointError', 'TensorInfo', 'check_modules', 'fitted_state_dict', 'open_checkpoint',
+           'read_foreign']
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +76,34 @@ def _describe(reader: ModuleType, path: Path) -> Checkpoint:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror or error}).') from error
 
 
+def check_modules(
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        convert: Optional[Convert] = None,
+) -> List[Tuple[str, str]]:
+    """Compare what a checkpoint's modules say, if it has any, with a network.
+
+    Args:
+        checkpoint: The open file.
+        model: The network that it is for, on any device, ``'meta'`` included.
+        convert: The family's map from the file's names to the network's.
+
+    Returns:
+        Pairs of names: batch norms of the file, and what they become in the network.
+
+    Raises:
+        CheckpointError: If the file is for another network, or has other activations.
+    """
+    if not checkpoint.modules:
+        return []
+    try:
+        norms = trace_norms(checkpoint, model, convert)
+    except CheckpointError as error:
+        raise CheckpointError(f'{checkpoint.path}: {error}') from error
+    check_activations(checkpoint, model, norms)
+    return norms
+
+
 def fitted_state_dict(
         checkpoint: Checkpoint,
         model: nn.Module,
@@ -95,11 +124,7 @@ def fitted_state_dict(
     Raises:
         CheckpointError: If the file is damaged, or for another network, or has other activations.
     """
-    try:
-        norms = trace_norms(checkpoint, model, convert) if checkpoint.modules else []
-    except CheckpointError as error:
-        raise CheckpointError(f'{checkpoint.path}: {error}') from error
-    check_activations(checkpoint, model, norms)
+    norms = check_modules(checkpoint, model, convert)
     state_dict = checkpoint.state_dict()
     convert_eps(checkpoint, model, norms, state_dict)
     return state_dict
