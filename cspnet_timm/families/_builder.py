@@ -1,10 +1,22 @@
 """What every family's file calls: build a variant, describe its weights, register it."""
+import hashlib
+import re
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Sequence, Tuple, Union
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from urllib.parse import urlparse
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint
+from timm.models import (
+    PretrainedCfg,
+    _hub,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    model_entrypoint,
+    resolve_pretrained_cfg,
+)
 from timm.models import register_model as timm_register_model
 
 from ..backbone import BackboneCfg, CspBackbone
@@ -93,15 +105,33 @@ def _check_out_indices(variant: str, out_indices: Union[int, Sequence[int]], num
     return tuple(sorted(absolute))
 
 
-def _read_foreign_file(cfg: BackboneCfg, kwargs: Dict[str, Any]) -> None:
-    """Hand timm the state dict of a file that it cannot read itself, in place of the file.
+def _download(url: str, cache_dir: Optional[Union[str, Path]]) -> str:
+    """timm's download into its cache, and a check of the hash also where a date follows it in the file's name."""
+    cached = Path(cache_dir or _hub.get_cache_dir(), Path(urlparse(url).path).name)
+    is_new = not cached.exists()
+    path = _hub.download_cached_file(url, check_hash=True, cache_dir=cache_dir)
+    match = re.search(r'-([0-9a-f]{8})_\d{8}\.', cached.name)
+    if match and is_new and not hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(match[1]):
+        Path(path).unlink()
+        raise RuntimeError(f'{url}: the file received does not have the hash {match[1]} of its name, and was removed.')
+    return path
+
+
+def _read_foreign_file(variant: str, cfg: BackboneCfg, kwargs: Dict[str, Any]) -> None:
+    """Hand timm the state dict of a file that it cannot read itself, in place of the file or its URL.
 
     timm clears ``custom_load`` when an overlay names a file, so that a model's own loader is never asked.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
-    if not overlay.get('file'):
+    weights = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    file = weights.file
+    if weights.source or weights.state_dict:
         return
-    state_dict = read_foreign(overlay['file'], CspBackbone(cfg, device='meta'))
+    if not file and isinstance(weights.url, str) and not weights.hf_hub_id:
+        file = _download(weights.url, kwargs.get('cache_dir'))
+    if not file:
+        return
+    state_dict = read_foreign(file, CspBackbone(cfg, device='meta'))
     if state_dict is not None:
         overlay.update(file=None, state_dict=state_dict)
         kwargs['pretrained_cfg_overlay'] = overlay
@@ -122,14 +152,16 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     Raises:
         ValueError: If ``out_indices`` names a level that does not exist.
         CheckpointError: If a foreign file is damaged or holds another network.
+        RuntimeError: If ``pretrained`` and the weights have to be fetched by hand.
         TypeError: If an argument is unknown.
     """
     num_levels = len(cfg.levels)
     if kwargs.get('features_only') and kwargs.get('out_indices') is not None:
         kwargs['out_indices'] = _check_out_indices(variant, kwargs['out_indices'], num_levels)
     if pretrained:
-        _read_foreign_file(cfg, kwargs)
-    return build_model_with_cfg(
+        _read_foreign_file(variant, cfg, kwargs)
+        _require_source(variant, kwargs)
+    model = build_model_with_cfg(
         CspBackbone,
         variant,
         pretrained,
@@ -137,4 +169,28 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
         feature_cfg=dict(out_indices=tuple(range(num_levels))),
         pretrained_filter_fn=cfg.convert,
         **kwargs,
+    )
+    # What was read is loaded: in the config it would be kept in memory, and could not be written as JSON.
+    model.pretrained_cfg.pop('state_dict', None)
+    return model
+
+
+def _require_source(variant: str, kwargs: Dict[str, Any]) -> None:
+    """Say where weights are to be had that timm cannot download, before it says that there are none.
+
+    Args:
+        variant: Name of the entrypoint.
+        kwargs: What ``timm.create_model`` passes on.
+
+    Raises:
+        RuntimeError: If the config has no source but an ``origin_url``.
+    """
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    if cfg.state_dict or cfg.has_weights or not cfg.origin_url:
+        return
+    name = f'{variant}.{cfg.tag}' if cfg.tag else variant
+    raise RuntimeError(
+        f'The weights of {name} cannot be downloaded automatically. Get the file from {cfg.origin_url} '
+        f'(licence: {cfg.license or "unknown"}) and pass it: timm.create_model({name!r}, pretrained=True, '
+        'pretrained_cfg_overlay=dict(file=\'path/of/the/file\')).'
     )
