@@ -10,7 +10,7 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
@@ -71,7 +71,7 @@ class _Converted(Exception):
 
 
 def _convert(state_dict: StateDict, model: Any) -> StateDict:
-    """What the model's own hook, which is where its family's ``convert`` is, makes of a state dict; nothing is loaded."""
+    """What the model's own hook, where its family's ``convert`` is, makes of a state dict; nothing is loaded."""
     converted: StateDict = {}
 
     def stop(module: Any, own: StateDict, *_: Any) -> None:
@@ -147,8 +147,8 @@ def _choose(path: Path, names: List[str], found: str) -> str:
         return names[0]
     if names:
         raise CheckpointError(
-            f'{path}: its tensors are those of {" and ".join(names)}, which compute different things, and the file does '
-            'not say which it is: choose one with --model.'
+            f'{path}: its tensors are those of {" and ".join(names)}, which compute different things, and the file '
+            'does not say which it is: choose one with --model.'
         )
     raise CheckpointError(
         f'{path}: is a {found}, but of no network of this package (`cspnet-timm list`); --model tells what is missing.')
@@ -253,7 +253,7 @@ def _distance(model: CspBackbone, directory: Path) -> float:
     distance = 0.
     for a, b in zip(_outputs(loaded), _outputs(model)):  # type: ignore[arg-type]
         if not bool(torch.isfinite(b).all()):
-            raise CheckpointError('the converted network gives NaN or infinite numbers, so that its weights are damaged.')
+            raise CheckpointError('the converted network gives NaN or infinite numbers: its weights are damaged.')
         distance = max(distance, ((a - b).norm() / b.norm().clamp(min=1e-12)).item())
     return distance
 
@@ -294,8 +294,9 @@ def convert(
     if model is not None:
         _check_name(model)
     checkpoint = open_checkpoint(path)
+    labels: Tuple[str, ...] = ()
     if checkpoint is None:
-        found, implied, labels = 'Darknet weights file', '', ()
+        found, implied = 'Darknet weights file', ''
         target = _Target(model or _choose(path, _darknet_models(path), found), num_classes)
     else:
         with checkpoint:
