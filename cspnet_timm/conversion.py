@@ -119,7 +119,11 @@ def _find_models(checkpoint: Checkpoint) -> List[str]:
         names = [name for name in timm.list_models(f'{_PREFIX}*') if _fits(name, checkpoint) is not None]
     if checkpoint.modules:
         names = [name for name in names if _same_modules(name, checkpoint)] or names
-    return names
+    # Where networks differ in nothing but the name, the file's own name for it decides.
+    stem = re.sub(r'\.\w+$', '', checkpoint.network).replace('-', '_')
+    sized = re.sub(r'(?<=\d)(?=_|$)', lambda _: checkpoint.scale, stem, count=1)
+    told = {f'{_PREFIX}{stem}', f'{_PREFIX}{sized}'}
+    return [name for name in names if name in told] or names
 
 
 def _same_modules(name: str, checkpoint: Checkpoint) -> bool:
@@ -147,8 +151,8 @@ def _choose(path: Path, names: List[str], found: str) -> str:
         return names[0]
     if names:
         raise CheckpointError(
-            f'{path}: its tensors are those of {" and ".join(names)}, which compute different things, and the file '
-            'does not say which it is: choose one with --model.'
+            f'{path}: its tensors are those of {" and ".join(names)}, and the file does not say which it is: choose one '
+            'with --model.'
         )
     raise CheckpointError(
         f'{path}: is a {found}, but of no network of this package (`cspnet-timm list`); --model tells what is missing.')

@@ -505,8 +505,9 @@ class Unpickler:
             return
         if rule is None or kwargs:
             raise _refuse(f'calls {function}')
-        copied = sum(len(arg) for arg in args if type(arg) in (list, tuple, dict, set, frozenset, str))
-        self._budget.charge(200 + _ENTRY * copied)
+        # A rule may copy what it is given.
+        copied = sum(_ENTRY * len(arg) for arg in args if type(arg) in (list, tuple, dict, set, frozenset))
+        self._budget.charge(200 + copied + sum(len(arg) for arg in args if type(arg) is str))
         try:
             value = rule(args)
         except (TypeError, ValueError) as error:
