@@ -81,7 +81,7 @@ def check_modules(
         model: nn.Module,
         convert: Optional[Convert] = None,
 ) -> List[Tuple[str, str]]:
-    """Compare what a checkpoint's modules say, if it has any, with a network.
+    """Compare a checkpoint's names and shapes, and what its modules say if it has any, with a network.
 
     Args:
         checkpoint: The open file.
@@ -94,12 +94,13 @@ def check_modules(
     Raises:
         CheckpointError: If the file is for another network, or has other activations.
     """
-    if not checkpoint.modules:
-        return []
     try:
         norms = trace_norms(checkpoint, model, convert)
     except CheckpointError as error:
         raise CheckpointError(f'{checkpoint.path}: {error}') from error
+    except (LookupError, RuntimeError) as error:
+        raise CheckpointError(f'{checkpoint.path}: holds another network; its names are only partly those of the one '
+                              f'asked for ({type(error).__name__}: {error}).') from error
     check_activations(checkpoint, model, norms)
     return norms
 

@@ -242,8 +242,11 @@ def _network(record: Optional[Record]) -> Tuple[str, str]:
 
 
 def _count(record: Optional[Record]) -> Optional[int]:
-    count = record.state.get('nc') if record is not None else None
-    return count if type(count) is int and count > 0 else None
+    if record is not None:
+        for count in (record.state.get('nc'), _plain(record.state.get('yaml')).get('nc')):
+            if type(count) is int and count > 0:
+                return count
+    return None
 
 
 def _text(value: Any) -> str:
