@@ -36,7 +36,7 @@ def test_default_cfg(any_model):
     assert f'{cfg["first_conv"]}.weight' in keys
     three = create_model(any_model, num_classes=3, device='meta').state_dict()
     assert three[f'{cfg["classifier"]}.weight'].shape[0] == 3
-    assert type(next(m for m in model.modules() if not any(m.children()))) is nn.Conv2d  # torchgeo adapts the first leaf
+    assert type(next(m for m in model.modules() if not any(m.children()))) is nn.Conv2d  # as torchgeo expects
     features = model.forward_features(torch.empty(1, *cfg['input_size'], device='meta'))
     assert tuple(features.shape[-2:]) == tuple(cfg['pool_size'])
     assert resolve_data_config({}, model=model)['input_size'] == cfg['input_size']
