@@ -1,6 +1,6 @@
 """What the plugin adds to ``import torch`` and ``import timm``: ``python benchmarks/import_cost.py [--runs 15]``.
 
-Each run is a process of its own, without torch's scan of entry points; it imports torch and timm, and then does and times
+Each run is a process of its own, without torch's scan of entry points; it imports torch and timm, then does and times
 what the scan and the hook would have done. A difference of two imports of seconds would drown milliseconds in noise.
 """
 import argparse
