@@ -50,9 +50,10 @@ def _rows(pattern: str) -> List[Tuple[str, ...]]:
     from .families import WEIGHTS
 
     register()
-    names = [n for n in timm.list_models('cspnet_*') if fnmatch.fnmatch(n, pattern)]
+    glob = pattern if any(c in pattern for c in '*?[') else f'*{pattern}*'
+    names = [n for n in timm.list_models('cspnet_*') if fnmatch.fnmatch(n, glob)]
     if not names:
-        raise UserError(f'no model matches {pattern!r}; the pattern has the form cspnet_yolo*.')
+        raise UserError(f'no model matches {pattern!r}; `cspnet-timm list` shows all.')
     rows: List[Tuple[str, ...]] = []
     for name in tqdm(names, desc='counting', unit='model', leave=False, disable=not sys.stderr.isatty()):
         parameters, macs, input_size = describe_size(name)
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
     command = commands.add_parser('list', help='the models, their sizes and weights')
-    command.add_argument('--filter', default='*', metavar='PATTERN', help='names to show, e.g. "cspnet_yolo*"')
+    command.add_argument('--filter', default='*', metavar='PATTERN', help='part of the names to show, or a pattern such as "cspnet_*_s"')
     command.set_defaults(run=_list)
 
     command = commands.add_parser(

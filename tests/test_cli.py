@@ -26,6 +26,8 @@ def test_list(capsys):
 
 
 def test_list_filter(capsys):
+    assert main(['list', '--filter', 'nano']) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]} == {n for n in ALL if 'nano' in n}
     assert main(['list', '--filter', 'cspnet_[nt]*']) == 0
     names = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
     assert names == {n for n in ALL if n.startswith(('cspnet_n', 'cspnet_t'))} >= {'cspnet_nano', 'cspnet_tiny'}

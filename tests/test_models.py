@@ -162,6 +162,21 @@ def test_features_agree(model_name):
         assert [torch.equal(o, taps[i]) for o, i in zip(getter(x).values(), (1, 3))] == [True, True]
 
 
+@pytest.mark.parametrize('feature_cls', ['dict', 'hook', 'fx', 'getter'])
+def test_every_extractor(model_name, feature_cls):
+    extractors = []
+    for cls in ('list', feature_cls):
+        torch.manual_seed(1)
+        kwargs = dict(features_only=True, feature_cls=cls, out_indices=(-1, 1))
+        extractors.append(create_model(model_name, **kwargs).eval())
+    x = picture(1)
+    with torch.no_grad():
+        expected, outputs = (extractor(x) for extractor in extractors)
+    outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
+    assert len(outputs) == 2 and all(distance(a, b) < 1e-6 for a, b in zip(outputs, expected))
+    assert extractors[1].feature_info.channels() == [o.shape[1] for o in outputs]
+
+
 def test_prune(model_name):
     model = create(model_name)
     x = picture()
