@@ -162,7 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
     command = commands.add_parser('list', help='the models, their sizes and weights')
-    command.add_argument('--filter', default='*', metavar='PATTERN', help='part of the names to show, or a pattern such as "cspnet_*_s"')
+    command.add_argument(
+        '--filter', default='*', metavar='PATTERN', help='part of the names to show, or a pattern such as "cspnet_*_s"')
     command.set_defaults(run=_list)
 
     command = commands.add_parser(
