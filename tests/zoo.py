@@ -8,14 +8,14 @@ import torch
 ALL = timm.list_models('cspnet_*')
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def structure(name):
-    """What a model is made of, whatever its widths and depths: its modules' names without numbers, and their types."""
-    model = timm.create_model(name, device='meta')
-    return frozenset((re.sub(r'\d+', '#', n), type(m).__name__) for n, m in model.named_modules())
+    """What a model is made of, whatever its widths, depths and activations: its modules' names and types."""
+    modules = timm.create_model(name, device='meta').named_modules()
+    return frozenset((re.sub(r'\d+', '#', n), type(m).__name__) for n, m in modules if not n.endswith('act'))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def representatives():
     """The smallest model of each structure, for checks too expensive to run on all."""
     smallest = {}
