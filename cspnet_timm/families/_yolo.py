@@ -70,8 +70,8 @@ def _split(own: StateDict) -> Tuple[StateDict, int]:
     out, chs = {}, 0
     for key, value in _under(own, 'cv1.').items():
         if value.ndim:
-            out[f'bypass.{key}'], out[f'entry.{key}'] = value.chunk(2)
             chs = value.shape[0] // 2
+            out[f'bypass.{key}'], out[f'entry.{key}'] = value[:chs], value[chs:]
         else:  # num_batches_tracked
             out[f'bypass.{key}'] = out[f'entry.{key}'] = value
     return out, chs
@@ -143,7 +143,8 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
         else:
             break
         out.update({f'{name}.{k}': v for k, v in layer.items()})
-    return out
+        own = {k: v for k, v in own.items() if not k.startswith(f'{index}.')}
+    return {**own, **out}
 
 
 NAMING = Naming(

@@ -78,8 +78,9 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
         (r'\.attention\.', '.merge.attn.'),
         (r'\.(depth|point)wise_conv\.', r'.\1wise.'),
     ))
-    if any('bbox_head.' in key for key in whole):  # detectors are trained on BGR, classifiers and pose on RGB
-        out['stem.conv1.conv.weight'] = out['stem.conv1.conv.weight'].flip(1)
+    weight = out.get('stem.conv1.conv.weight')
+    if weight is not None and weight.ndim == 4 and any('bbox_head.' in key for key in whole):
+        out['stem.conv1.conv.weight'] = weight.flip(1)  # detectors are trained on BGR, classifiers and pose on RGB
     return out
 
 
