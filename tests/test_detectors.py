@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from parity import load_fixture
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
 from timm.layers import ClassifierHead
 from timm.models import _hub
@@ -19,7 +18,8 @@ from cspnet_timm.families import _recognise, _yolo, cspnext, ppyoloe, yolox
 from cspnet_timm.families._builder import WEIGHTS
 from cspnet_timm.families._recognise import candidates, recognise, unwrap
 from cspnet_timm.families.yolox import focus_to_conv
-from cspnet_timm.layers import ConvHead, ConvNormAct, RepConvNormAct, SeparableConvNormAct, SpatialPyramidPool
+from cspnet_timm.layers import ConvHead, ConvNormAct, RepConv, SeparableConv, SpatialPyramidPool
+from tests.parity import load_fixture
 
 FIXTURES = {
     'cspnext_nano': 'cspnet_rtmdet_nano',
@@ -58,7 +58,7 @@ CLASSIFIER_PARAMS = {  # without and with the head, at 1000 classes
 }
 CLASSIFIER_PARAMS['cspnet_yolo26'] = CLASSIFIER_PARAMS['cspnet_yolo11']
 RTMDET_WITH_HEAD = dict(tiny=2.73, s=4.89, m=13.05, l=27.16, x=48.85)  # millions, as published
-DEPLOYED_PARAMS = dict(t=1650102, s=2930984, m=9040728, l=20423920, x=38713520)  # RepConvNormAct fused, and no more
+DEPLOYED_PARAMS = dict(t=1650102, s=2930984, m=9040728, l=20423920, x=38713520)  # RepConv fused, and no more
 
 BATCH_NORM = {  # eps and momentum of the released weights
     'cspnet_rtmdet_s': (1e-5, 0.1), 'cspnet_yolox_s': (1e-3, 0.03), 'cspnet_ppyoloe_s': (1e-5, 0.1),
@@ -181,7 +181,7 @@ def test_chained_pools_are_the_three_sizes():
 @pytest.mark.parametrize('stride, dilation', [(1, 1), (2, 1), (1, 2)])
 def test_fused_branches_equal_both(alpha, training, stride, dilation):
     torch.manual_seed(0)
-    layer = randomise(RepConvNormAct(6, 6, stride=stride, dilation=dilation, alpha=alpha)).eval()
+    layer = randomise(RepConv(6, 6, stride=stride, dilation=dilation, alpha=alpha)).eval()
     if alpha:
         layer.alpha.data.fill_(-0.7)
     x = torch.randn(2, 6, 11, 9)
@@ -194,17 +194,17 @@ def test_fused_branches_equal_both(alpha, training, stride, dilation):
 
 
 def test_what_cannot_be_fused_stays():
-    layer = RepConvNormAct(32, 32, norm_layer='groupnorm')
+    layer = RepConv(32, 32, norm_layer='groupnorm')
     assert layer.fuse() is layer
     with pytest.raises(ValueError, match='kernel_size=5'):
-        RepConvNormAct(8, 8, kernel_size=5)
+        RepConv(8, 8, kernel_size=5)
 
 
 @pytest.mark.parametrize('size, params', DEPLOYED_PARAMS.items())
 def test_deployed_parameters(size, params):
     model = timm.create_model(f'cspnet_ppyoloe_{size}', num_classes=0)
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, RepConvNormAct):
+        if isinstance(layer, RepConv):
             parent, _, child = name.rpartition('.')
             setattr(model.get_submodule(parent), child, layer.fuse())
     assert parameters(model) == params
@@ -221,7 +221,7 @@ def test_reparameterised_model_is_equal(name, training):
         expected = model(x)
         fused = reparameterize_model(copy.deepcopy(model).train(training)).eval()
         assert difference(fused(x), expected) < 1e-5
-    assert not any(isinstance(m, (nn.BatchNorm2d, RepConvNormAct)) for m in fused.modules())
+    assert not any(isinstance(m, (nn.BatchNorm2d, RepConv)) for m in fused.modules())
 
 
 @pytest.mark.parametrize('chs, heads', [(32, 1), (128, 2)])
@@ -247,7 +247,7 @@ def test_zero_init_last_makes_every_block_the_identity(name):
         conv = next(m for m in block.modules() if isinstance(m, nn.Conv2d))
         x = torch.randn(1, conv.in_channels, 8, 8)
         assert torch.equal(block(x), x)
-    separable = SeparableConvNormAct(4, 4)
+    separable = SeparableConv(4, 4)
     assert separable.depthwise.bn.weight.min() == 1
 
 

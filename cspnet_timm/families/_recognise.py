@@ -21,7 +21,7 @@ __all__ = ['Naming', 'candidates', 'recognise', 'rename_keys', 'roll_channels', 
 _logger = logging.getLogger(__name__)
 
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'ema', 'params')
-_NATIVE = re.compile(r'(stem|layer\d|head)\.')
+_NATIVE = re.compile(r'(stem|layer\d|head\.(fc|conv))\.')
 
 Rule = Tuple[str, Union[str, Callable[[re.Match], str]]]
 

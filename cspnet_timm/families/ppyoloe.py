@@ -18,7 +18,7 @@ from timm.layers import EffectiveSEModule
 from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import ComposedStage
-from ..layers import ConvNormAct, RepConvNormAct
+from ..layers import ConvNormAct, RepConv
 from ._builder import IN1K, build_backbone, default_cfg, describe_weights, register_model
 from ._recognise import Naming, rename_keys, roll_channels
 
@@ -51,7 +51,7 @@ def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, alpha: bool) 
             nn.Sequential(*[
                 DarkBlock(
                     branch_chs, branch_chs, kernel_size=(3, 3),
-                    conv_layers=(ConvNormAct, partial(RepConvNormAct, alpha=alpha)), **args.block_kwargs(i))
+                    conv_layers=(ConvNormAct, partial(RepConv, alpha=alpha)), **args.block_kwargs(i))
                 for i in range(depth)
             ]),
             entry=ConvNormAct(mid_chs, branch_chs, **args.layers),

@@ -17,7 +17,7 @@ import torch.nn as nn
 from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
-from ..layers import ConvNormAct, SeparableConvNormAct, SpatialPyramidPool
+from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
 from ._builder import build_backbone, default_cfg, describe_weights, register_model
 from ._recognise import Naming, rename_keys
 
@@ -38,7 +38,7 @@ def _stem(in_chans: int, args: LevelArgs, out_chs: int) -> nn.Module:
 
 
 def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, separable: bool, last: bool) -> nn.Module:
-    conv: Callable[..., nn.Module] = SeparableConvNormAct if separable else ConvNormAct
+    conv: Callable[..., nn.Module] = SeparableConv if separable else ConvNormAct
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         down=conv(in_chs, out_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers))
     if last:
