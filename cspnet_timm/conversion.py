@@ -151,8 +151,8 @@ def _choose(path: Path, names: List[str], found: str) -> str:
         return names[0]
     if names:
         raise CheckpointError(
-            f'{path}: its tensors are those of {" and ".join(names)}, and the file does not say which it is: choose one '
-            'with --model.'
+            f'{path}: its tensors are those of {" and ".join(names)}, and the file does not say which it is: choose '
+            'one with --model.'
         )
     raise CheckpointError(
         f'{path}: is a {found}, but of no network of this package (`cspnet-timm list`); --model tells what is missing.')

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from timm.layers import ClassifierHead, create_act_layer, get_act_layer, get_norm_layer
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-__all__ = ['ActLayer', 'ChannelSlice', 'ConvHead', 'ConvNormAct', 'NormLayer', 'PartialShortcut', 'RepConvNormAct',
-           'SeparableConvNormAct', 'SpatialPyramidPool', 'bind_norm_layer', 'create_act', 'create_norm',
-           'fold_batch_norm', 'zero_init']
+__all__ = ['ActLayer', 'ChannelSlice', 'ConvHead', 'ConvNormAct', 'NormLayer', 'PartialShortcut', 'RepConv',
+           'SeparableConv', 'SpatialPyramidPool', 'bind_norm_layer', 'create_act', 'create_norm', 'fold_batch_norm',
+           'zero_init']
 
 ActLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
 NormLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
@@ -259,7 +259,7 @@ class PartialShortcut(nn.Module):
         return f'missing_chs={self.missing_chs}, stride={self.stride}'
 
 
-class SeparableConvNormAct(nn.Sequential):
+class SeparableConv(nn.Sequential):
     """A depthwise k×k and a pointwise 1×1 convolution, each with its own normalisation and activation.
 
     Input ``(B, in_chs, H, W)``, output ``(B, out_chs, H', W')`` with ``H' = ceil(H / stride)``.
@@ -295,7 +295,7 @@ class SeparableConvNormAct(nn.Sequential):
         ))
 
 
-class RepConvNormAct(nn.Module):
+class RepConv(nn.Module):
     """A 3×3 and a 1×1 convolution side by side in training, one 3×3 convolution after :meth:`fuse`.
 
     ``act(bn(conv3x3(x)) + alpha · bn(conv1x1(x)))``, without an identity branch.

@@ -21,7 +21,7 @@ __all__ = ['Naming', 'candidates', 'recognise', 'rename_keys', 'roll_channels', 
 _logger = logging.getLogger(__name__)
 
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'ema', 'params')
-_NATIVE = re.compile(r'(stem|layer\d|head)\.')
+_NATIVE = re.compile(r'(stem|layer\d|head\.(fc|conv))\.')
 
 Rule = Tuple[str, Union[str, Callable[[re.Match], str]]]
 
@@ -55,12 +55,12 @@ def roll_channels(state_dict: StateDict, key: str, dims: Sequence[int], bypass_c
     """Turn the channel order [bypass, blocks] of one tensor into this package's [blocks, bypass], in place.
 
     Args:
-        state_dict: Holds the tensor, or does not.
-        key: Name of the tensor.
+        state_dict: The tensors.
+        key: Name of the tensor, which may be missing.
         dims: Its dimensions that have the order.
         bypass_chs: Channels of the bypass.
     """
-    if key in state_dict:
+    if key in state_dict and state_dict[key].ndim > max(dims):
         state_dict[key] = state_dict[key].roll([-bypass_chs] * len(dims), list(dims))
 
 
@@ -99,8 +99,16 @@ class Naming:
     rename: Callable[[StateDict, StateDict], StateDict]
     notice: str = ''
 
-    def to_native(self, checkpoint: Mapping[str, Any]) -> Optional[StateDict]:
-        """This package's names for a checkpoint of the family, None for any other."""
+    def to_native(self, checkpoint: Mapping[str, Any]) -> Optional[Tuple[StateDict, int]]:
+        """Rename a checkpoint of the family.
+
+        Args:
+            checkpoint: Tensors by name, or what :func:`unwrap` finds them in.
+
+        Returns:
+            The tensors of the backbone and its classifier under this package's names, and how many others were left
+            out; None if the checkpoint is not of the family.
+        """
         whole = unwrap(checkpoint)
         prefixes = [m[1] for m in (re.fullmatch(f'(|.*\\.)(?:{self.marker})', key) for key in whole) if m]
         if not prefixes:
@@ -110,7 +118,9 @@ class Naming:
         outer = re.sub(r'(backbone\.)*$', '', prefix)
         own = {k[len(prefix):]: v for k, v in whole.items() if k.startswith(prefix)}
         own.update({k[len(outer):]: v for k, v in whole.items() if k.startswith(f'{outer}head.fc.')})
-        return {k: v for k, v in self.rename(own, whole).items() if _NATIVE.match(k)}
+        renamed = self.rename(own, whole)
+        native = {k: v for k, v in renamed.items() if _NATIVE.match(k)}
+        return native, len(whole) - len(own) + len(renamed) - len(native)
 
     def convert(self, state_dict: StateDict, model: nn.Module) -> StateDict:
         """The family's ``BackboneCfg.convert``.
@@ -125,18 +135,20 @@ class Naming:
         Raises:
             CheckpointError: If the file holds another network of the lineage.
         """
-        native = self.to_native(state_dict)
-        if native is None:
+        renamed = self.to_native(state_dict)
+        if renamed is None:
             if not any(_NATIVE.match(k) for k in state_dict) and (found := recognise(state_dict)) is not None:
                 raise CheckpointError(f'The checkpoint holds {found}, not {_name(model, self.family)}.')
             return state_dict
         if self.notice:
             _say_once(self.notice)
         own = model.state_dict()
-        levels = {k.split('.')[0] for k in own}
-        native = {k: v for k, v in native.items() if k.split('.')[0] in levels}  # as much as pruning has left
-        if not any(k.startswith('head.fc.') for k in own):
-            native = {k: v for k, v in native.items() if not k.startswith('head.fc.')}
+        levels = {k.split('.')[0] for k in own}  # those that pruning has left
+        with_fc = any(k.startswith('head.fc.') for k in own)
+        native = {
+            k: v for k, v in renamed[0].items()
+            if k.split('.')[0] in levels and (with_fc or not k.startswith('head.fc.'))
+        }
         expected, given = dict(_comparable(own)), dict(_comparable(native))
         if given != expected:
             found = recognise(state_dict)
@@ -145,12 +157,12 @@ class Naming:
                 f'The checkpoint holds {found or "another network"}, not {_name(model, self.family)}: {len(wrong)} of '
                 f'its tensors are missing, too many or of another shape, among them {wrong[0]!r}.'
             )
+        left_out = renamed[1] + len(renamed[0]) - len(native)
+        if left_out > 0 and not any(v.is_meta for v in native.values()):  # on meta it is but a look
+            _logger.info('%d tensors of neck, head and training were left out.', left_out)
         for key, value in own.items():
             if key.endswith('num_batches_tracked') and key not in native:
                 native[key] = torch.zeros_like(value, device='cpu')
-        left_out = len(unwrap(state_dict)) - len(native)
-        if left_out > 0 and not any(v.is_meta for v in native.values()):  # on meta it is but a look
-            _logger.info('%d tensors of neck, head and training were left out.', left_out)
         return native
 
 
@@ -183,7 +195,7 @@ def candidates(state_dict: Mapping[str, Any]) -> List[str]:
     for naming in _namings():
         renamed = naming.to_native(state_dict)
         if renamed is not None:
-            native, models = renamed, naming.models
+            native, models = renamed[0], naming.models
             break
     else:
         if not any(_NATIVE.match(k) for k in native):

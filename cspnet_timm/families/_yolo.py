@@ -70,8 +70,8 @@ def _split(own: StateDict) -> Tuple[StateDict, int]:
     out, chs = {}, 0
     for key, value in _under(own, 'cv1.').items():
         if value.ndim:
-            out[f'bypass.{key}'], out[f'entry.{key}'] = value.chunk(2)
             chs = value.shape[0] // 2
+            out[f'bypass.{key}'], out[f'entry.{key}'] = value[:chs], value[chs:]
         else:  # num_batches_tracked
             out[f'bypass.{key}'] = out[f'entry.{key}'] = value
     return out, chs
@@ -143,7 +143,8 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
         else:
             break
         out.update({f'{name}.{k}': v for k, v in layer.items()})
-    return out
+        own = {k: v for k, v in own.items() if not k.startswith(f'{index}.')}
+    return {**own, **out}
 
 
 NAMING = Naming(
@@ -174,7 +175,7 @@ def detector_cfg(source: str, url: str, ap: float, **kwargs: Any) -> Dict[str, A
         'num_classes': 0, 'input_size': (3, 640, 640), 'pool_size': (20, 20), 'crop_pct': 1.0, 'crop_mode': 'border',
         'interpolation': 'bilinear', 'mean': (0., 0., 0.), 'std': (1., 1., 1.), 'license': LICENSE, 'origin_url': url,
         'info': dict(data='COCO', source=f'{source}, {url}', metrics=dict(ap=ap, size=640),
-                     metrics_source='published with the weights, for the whole detector'),
+                     metrics_source=f'{source}, table of released models, for the whole detector'),
         **kwargs,
     })
 
@@ -205,6 +206,6 @@ def classifier_cfg(
         'mean': IMAGENET_DEFAULT_MEAN if imagenet_norm else (0., 0., 0.),
         'std': IMAGENET_DEFAULT_STD if imagenet_norm else (1., 1., 1.),
         'info': dict(data=IN1K, source=f'{source}, {url}', metrics=dict(top1=top1, top5=top5, size=224),
-                     metrics_source='published with the weights'),
+                     metrics_source=f'{source}, table of released models'),
         **kwargs,
     })

@@ -17,7 +17,7 @@ from timm.layers import EffectiveSEModule
 from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import ComposedStage
-from ..layers import ConvNormAct, SeparableConvNormAct, SpatialPyramidPool
+from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
 from ._builder import IN1K, build_backbone, default_cfg, describe_weights, register_model
 from ._recognise import Naming, rename_keys
 
@@ -43,7 +43,7 @@ def _stem(in_chans: int, args: LevelArgs, out_chs: int) -> nn.Module:
 
 
 def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, separable: bool, last: bool) -> nn.Module:
-    conv: Callable[..., nn.Module] = SeparableConvNormAct if separable else ConvNormAct
+    conv: Callable[..., nn.Module] = SeparableConv if separable else ConvNormAct
     mid_chs = out_chs // 2
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         down=conv(in_chs, out_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers))
@@ -52,7 +52,7 @@ def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, separable: bo
     layers['csp'] = ComposedStage(
         nn.Sequential(*[
             DarkBlock(
-                mid_chs, mid_chs, kernel_size=(3, 5), conv_layers=(conv, SeparableConvNormAct), shortcut=not last,
+                mid_chs, mid_chs, kernel_size=(3, 5), conv_layers=(conv, SeparableConv), shortcut=not last,
                 **args.block_kwargs(i))
             for i in range(depth)
         ]),
@@ -78,8 +78,9 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
         (r'\.attention\.', '.merge.attn.'),
         (r'\.(depth|point)wise_conv\.', r'.\1wise.'),
     ))
-    if any('bbox_head.' in key for key in whole):  # detectors are trained on BGR, classifiers and pose on RGB
-        out['stem.conv1.conv.weight'] = out['stem.conv1.conv.weight'].flip(1)
+    weight = out.get('stem.conv1.conv.weight')
+    if weight is not None and weight.ndim == 4 and any('bbox_head.' in key for key in whole):
+        out['stem.conv1.conv.weight'] = weight.flip(1)  # detectors are trained on BGR, classifiers and pose on RGB
     return out
 
 

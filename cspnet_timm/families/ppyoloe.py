@@ -18,7 +18,7 @@ from timm.layers import EffectiveSEModule
 from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import ComposedStage
-from ..layers import ConvNormAct, RepConvNormAct
+from ..layers import ConvNormAct, RepConv
 from ._builder import IN1K, build_backbone, default_cfg, describe_weights, register_model
 from ._recognise import Naming, rename_keys, roll_channels
 
@@ -51,7 +51,7 @@ def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, alpha: bool) 
             nn.Sequential(*[
                 DarkBlock(
                     branch_chs, branch_chs, kernel_size=(3, 3),
-                    conv_layers=(ConvNormAct, partial(RepConvNormAct, alpha=alpha)), **args.block_kwargs(i))
+                    conv_layers=(ConvNormAct, partial(RepConv, alpha=alpha)), **args.block_kwargs(i))
                 for i in range(depth)
             ]),
             entry=ConvNormAct(mid_chs, branch_chs, **args.layers),
@@ -84,10 +84,11 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
             out[key] = torch.ones_like(value)  # the reference takes an alpha of exactly zero for none at all
     for layer in ('layer1', 'layer2', 'layer3', 'layer4'):  # the reference concatenates [bypass, blocks]
         merge = f'{layer}.csp.merge'
-        half = out[f'{merge}.conv.conv.weight'].shape[1] // 2
-        roll_channels(out, f'{merge}.conv.conv.weight', (1,), half)
-        roll_channels(out, f'{merge}.attn.fc.weight', (0, 1), half)
-        roll_channels(out, f'{merge}.attn.fc.bias', (0,), half)
+        if (bias := out.get(f'{merge}.attn.fc.bias')) is not None:
+            half = bias.numel() // 2
+            roll_channels(out, f'{merge}.conv.conv.weight', (1,), half)
+            roll_channels(out, f'{merge}.attn.fc.weight', (0, 1), half)
+            roll_channels(out, f'{merge}.attn.fc.bias', (0,), half)
     return out
 
 

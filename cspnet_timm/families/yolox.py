@@ -17,7 +17,7 @@ import torch.nn as nn
 from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
-from ..layers import ConvNormAct, SeparableConvNormAct, SpatialPyramidPool
+from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
 from ._builder import build_backbone, default_cfg, describe_weights, register_model
 from ._recognise import Naming, rename_keys
 
@@ -38,7 +38,7 @@ def _stem(in_chans: int, args: LevelArgs, out_chs: int) -> nn.Module:
 
 
 def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, separable: bool, last: bool) -> nn.Module:
-    conv: Callable[..., nn.Module] = SeparableConvNormAct if separable else ConvNormAct
+    conv: Callable[..., nn.Module] = SeparableConv if separable else ConvNormAct
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         down=conv(in_chs, out_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers))
     if last:
@@ -72,11 +72,10 @@ def focus_to_conv(weight: torch.Tensor) -> torch.Tensor:
 
 def _rename(own: StateDict, whole: StateDict) -> StateDict:
     own = rename_keys(own, ((r'^dark(\d)\.', lambda m: f'stage{int(m[1]) - 1}.'), (r'^stem\.conv\.', 'stem.')))
-    last = {name: max(k.split('.')[1] for k in own if k.startswith(f'{name}.')) for name in ('stage1', 'stage4')}
     out = rename_keys(own, (
         (r'^stage(\d)\.0\.', r'layer\1.down.'),
-        (rf'^stage([123])\.{last["stage1"]}\.|^stage(4)\.{last["stage4"]}\.', lambda m: f'layer{m[1] or m[2]}.csp.'),
-        (r'^stage(\d)\.1\.', r'layer\1.spp.'),
+        (r'^stage(?:([123])\.1|(4)\.2)\.', lambda m: f'layer{m[1] or m[2]}.csp.'),
+        (r'^stage4\.1\.', 'layer4.spp.'),
         (r'\.csp\.(conv1|main_conv)\.', '.csp.entry.'),
         (r'\.csp\.(conv2|short_conv)\.', '.csp.bypass.'),
         (r'\.csp\.(conv3|final_conv)\.', '.csp.merge.'),
@@ -84,8 +83,9 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
         (r'\.(dconv|depthwise_conv)\.', '.depthwise.'),
         (r'\.(pconv|pointwise_conv)\.', '.pointwise.'),
     ))
-    weight = out['stem.conv.weight']
-    out['stem.conv.weight'] = focus_to_conv(weight).flip(1)  # the files' networks take BGR, this one RGB
+    weight = out.get('stem.conv.weight')
+    if weight is not None and weight.shape[1:] == (12, 3, 3):
+        out['stem.conv.weight'] = focus_to_conv(weight).flip(1)  # the files' networks take BGR, this one RGB
     return out
 
 
