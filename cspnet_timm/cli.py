@@ -154,6 +154,33 @@ def _features(args: argparse.Namespace) -> None:
         print(f'{len(paths)} pictures -> {args.out}')
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from .conversion import convert
+
+    if args.model:
+        check_model_name(args.model)
+    try:
+        done = convert(args.file, args.out, args.model, args.license, args.num_classes, args.push_to_hub)
+    except (OSError, ValueError) as error:  # unreadable and foreign files, folders that are there, a Hub that refuses
+        raise UserError(' '.join(str(error).split())) from error
+    print(f'{args.file}: {done.found}')
+    print(f'{done.model}, licence {done.license}: loaded again and compared, relative distance {done.distance:.1e}')
+    print(f'{done.directory}: timm.create_model(\'local-dir:{done.directory}\', pretrained=True)')
+    if done.url:
+        print(done.url)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .conversion import inspect
+
+    try:
+        lines = inspect(args.file, args.tensors)
+    except (OSError, ValueError) as error:
+        raise UserError(' '.join(str(error).split())) from error
+    for line in lines:
+        print(line)
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
@@ -174,6 +201,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--pretrained', action='store_true', help='download and use the released weights')
     command.add_argument('--out', metavar='DIR', help='write one PNG per picture into this directory')
     command.set_defaults(run=_features)
+
+    files = '.pth, .pt, .pdparams, .weights, .safetensors, …'
+    command = commands.add_parser(
+        'convert', help='checkpoint files of other frameworks for timm',
+        description='Convert a checkpoint file of another framework to a folder that timm.create_model loads by '
+                    '"local-dir:DIR". The kind of file and its network are recognised; nothing in it is executed.')
+    command.add_argument('file', metavar='FILE', help=files)
+    command.add_argument('--out', required=True, metavar='DIR', help='write the model into this new directory')
+    command.add_argument('--model', metavar='NAME', help='a name of `cspnet-timm list`, if it cannot be recognised')
+    command.add_argument('--license', metavar='NAME', help='licence of the weights, by its name on the Hub')
+    command.add_argument('--num-classes', type=int, metavar='N', help='number of classes, if the file does not tell')
+    command.add_argument('--push-to-hub', metavar='USER/REPO', help='push it to the Hugging Face Hub as well')
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser(
+        'inspect', help='what a checkpoint file holds',
+        description='Say what a checkpoint file holds, without executing or loading any of it.')
+    command.add_argument('file', metavar='FILE', help=files)
+    command.add_argument('--tensors', action='store_true', help='list every tensor')
+    command.set_defaults(run=_inspect)
     return parser
 
 

@@ -3,14 +3,13 @@
 :func:`convert` and :func:`inspect` are what the commands of the same names do. Both recognise the file's kind and its
 network by themselves, and neither runs anything that is in the file.
 """
-import argparse
 import hashlib
 import re
 import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
@@ -23,7 +22,7 @@ from .checkpoints.darknet import NETWORKS
 from .families._builder import WEIGHTS
 from .families._recognise import candidates
 
-__all__ = ['Conversion', 'add_convert_parser', 'add_inspect_parser', 'convert', 'inspect']
+__all__ = ['Conversion', 'convert', 'inspect']
 
 _PREFIX = 'cspnet_'
 _CHUNK = 1 << 20
@@ -161,10 +160,10 @@ def _choose(path: Path, names: List[str], found: str) -> str:
 def _check_name(name: str) -> str:
     architecture, _ = split_model_name_tag(name)
     if not is_model(architecture) or not architecture.startswith(_PREFIX):
-        raise ValueError(f'--model {name}: is no model of this package; `cspnet-timm list` lists them.')
+        raise ValueError(f'{architecture!r} is no model of this package; `cspnet-timm list` shows all.')
     if name != architecture and name not in get_arch_pretrained_cfgs(architecture):
         tags = ', '.join(get_arch_pretrained_cfgs(architecture))
-        raise ValueError(f'--model {name}: has no such tag, choose one of {tags}.')
+        raise ValueError(f'{name!r}: {architecture} has no such weights, only {tags}.')
     return name
 
 
@@ -374,69 +373,3 @@ def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:
 
 def _listed(names: List[str]) -> str:
     return ' or '.join(names) or 'none of this package'
-
-
-# Command line
-
-
-def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command ``convert``.
-
-    Args:
-        subparsers: What ``ArgumentParser.add_subparsers`` returned.
-
-    Returns:
-        The command's parser, whose default ``run`` is to be called with the arguments.
-    """
-    parser = subparsers.add_parser(
-        'convert', help='convert a checkpoint file for timm',
-        description='Convert a checkpoint file of another framework to a folder that timm.create_model loads by '
-                    '"local-dir:DIR". The file\'s kind and its network are recognised; nothing in it is executed.')
-    parser.add_argument('file', metavar='FILE', help='.pth, .pt, .pdparams, .weights, .safetensors, …')
-    parser.add_argument('--out', metavar='DIR', required=True, help='new folder')
-    parser.add_argument('--model', metavar='NAME', help='name of the model, if it cannot be recognised')
-    parser.add_argument('--license', metavar='NAME', help='licence of the weights, by its name on the Hub')
-    parser.add_argument('--num-classes', metavar='N', type=int, help='number of classes, if the file does not tell')
-    parser.add_argument('--push-to-hub', metavar='USER/REPO', help='push it to the Hugging Face Hub as well')
-    return _with_run(parser, _run_convert)
-
-
-def add_inspect_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command ``inspect``.
-
-    Args:
-        subparsers: What ``ArgumentParser.add_subparsers`` returned.
-
-    Returns:
-        The command's parser, whose default ``run`` is to be called with the arguments.
-    """
-    parser = subparsers.add_parser(
-        'inspect', help='say what a checkpoint file holds',
-        description='Say what a checkpoint file holds, without executing or loading any of it.')
-    parser.add_argument('file', metavar='FILE', help='.pth, .pt, .pdparams, .weights, .safetensors, …')
-    parser.add_argument('--tensors', action='store_true', help='list every tensor')
-    return _with_run(parser, _run_inspect)
-
-
-def _with_run(
-        parser: argparse.ArgumentParser,
-        run: Callable[[argparse.Namespace], int],
-) -> argparse.ArgumentParser:
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _run_convert(args: argparse.Namespace) -> int:
-    done = convert(args.file, args.out, args.model, args.license, args.num_classes, args.push_to_hub)
-    print(f'{args.file}: {done.found}')
-    print(f'{done.model}, licence {done.license}: loaded again and compared, relative distance {done.distance:.1e}')
-    print(f'{done.directory}: timm.create_model(\'local-dir:{done.directory}\', pretrained=True)')
-    if done.url:
-        print(done.url)
-    return 0
-
-
-def _run_inspect(args: argparse.Namespace) -> int:
-    for line in inspect(args.file, args.tensors):
-        print(line)
-    return 0

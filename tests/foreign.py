@@ -1,6 +1,6 @@
 """Checkpoint files as the frameworks write them, without the frameworks.
 
-Their classes are made up for as long as it takes to pickle an object of them: what a pickle holds of a class is its name.
+Their classes are made up for as long as it takes to pickle an object of them: a pickle holds a class by its name.
 """
 import contextlib
 import pickle

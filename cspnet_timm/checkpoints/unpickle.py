@@ -507,13 +507,14 @@ class Unpickler:
             raise _refuse(f'calls {function}')
         # A rule may copy what it is given.
         copied = sum(_ENTRY * len(arg) for arg in args if type(arg) in (list, tuple, dict, set, frozenset))
-        self._budget.charge(200 + copied + sum(len(arg) for arg in args if type(arg) is str))
+        self._budget.charge(16 + copied + sum(len(arg) for arg in args if type(arg) is str))
         try:
             value = rule(args)
         except (TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f'its pickle calls {function} with arguments that it does not take.') from error
+        self._budget.charge(200 if isinstance(value, (Array, Blob, Record, _NumpyDtype)) else 0)
         self._push(value)
 
     def _new_object(self) -> None:
