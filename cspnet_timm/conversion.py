@@ -92,7 +92,7 @@ def _fits(name: str, checkpoint: Checkpoint) -> Optional[_Target]:
     model = timm.create_model(name, num_classes=checkpoint.num_classes or 1000, device='meta')
     try:
         converted = _convert(checkpoint.meta_state_dict(), model)
-    except CheckpointError:
+    except (LookupError, RuntimeError, TypeError, ValueError):  # of another network; the last is also CheckpointError
         return None
     own = {k: v for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
     fc = [converted[k] for k in converted if k.startswith('head.fc.')]
@@ -113,7 +113,10 @@ def _fits(name: str, checkpoint: Checkpoint) -> Optional[_Target]:
 
 def _find_models(checkpoint: Checkpoint) -> List[str]:
     """Every model of the package that a file's tensors and modules fit."""
-    names = candidates(checkpoint.meta_state_dict())
+    try:
+        names = candidates(checkpoint.meta_state_dict())
+    except (LookupError, RuntimeError, TypeError, ValueError):  # names that are only partly a network's
+        names = []
     if not names:  # under other names than the detectors'
         names = [name for name in timm.list_models(f'{_PREFIX}*') if _fits(name, checkpoint) is not None]
     if checkpoint.modules:

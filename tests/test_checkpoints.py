@@ -10,6 +10,8 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from cspnet_timm.checkpoints import CheckpointError, open_checkpoint, read_foreign
@@ -297,12 +299,51 @@ def test_another_activation_can_be_asked_for(tmp_path):
     ('cspnext_tiny', 'cspnet_yolox_tiny', 'cspnet_rtmdet_tiny'),
     ('yolov5n', 'cspnet_yolov8n', 'cspnet_yolov5n'), ('yolo11n', 'cspnet_yolo26n', 'yolo11n'),
     ('yolo26n', 'cspnet_yolo11n', 'yolo26n'), ('yolov8n_cls', 'cspnet_yolov8n', 'cspnet_yolov8n_cls'),
+    ('yolov8n', 'cspnet_nano', 'cspnet_yolov8n'), ('yolox_nano', 'cspnet_resnet50', 'cspnet_yolox_nano'),
 ])
 def test_errors_name_the_network_that_the_file_holds(fixture, model, held, tmp_path):
     info, state_dict, _, _ = load_fixture(fixture)
     path = foreign.write(fixture, tmp_path / f'a{foreign.suffix(fixture)}', state_dict, info)
-    with pytest.raises(CheckpointError, match=held):
+    with pytest.raises(CheckpointError, match=held) as error:
         create(model, path)
+    assert str(path) in str(error.value) or fixture == 'ppyoloe_s'
+
+
+def test_native_files_of_another_size(tmp_path):
+    torch.save(timm.create_model('cspnet_tiny').state_dict(), tmp_path / 'a.pt')
+    with pytest.raises(CheckpointError, match='holds cspnet_tiny, not cspnet_nano'):
+        create('cspnet_nano', tmp_path / 'a.pt')
+    torch.save({'conv.weight': torch.zeros(2)}, tmp_path / 'b.pt')
+    with pytest.raises(CheckpointError, match='holds another network, not cspnet_nano'):
+        create('cspnet_nano', tmp_path / 'b.pt')
+
+
+@settings(
+    max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate])  # each takes a second: too long to look for the smallest
+@given(st.data())
+def test_state_dicts_that_lack_or_mistake_something(tmp_path_factory, data):
+    fixture = data.draw(st.sampled_from(['yolox_nano', 'cspnext_nano', 'yolov8n', 'ppyoloe_t', 'yolo11n']))
+    state_dict = dict(load_fixture(fixture)[1])
+    before = dict(state_dict)
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from(sorted(state_dict)))
+        value = state_dict.pop(key)
+        kind = data.draw(st.sampled_from(('drop', 'rename', 'shape', 'scalar')))
+        if kind == 'rename':
+            state_dict[key.replace(data.draw(st.sampled_from(('conv', 'bn', '0', '.'))), 'x')] = value
+        elif kind == 'shape':
+            state_dict[key] = value[:0] if value.ndim else value[None]
+        elif kind == 'scalar':
+            state_dict[key] = torch.tensor(1.)
+    path = tmp_path_factory.getbasetemp() / 'mistaken.pt'
+    torch.save(state_dict, path)
+    try:
+        create(NETWORKS[fixture], path)
+    except CheckpointError:
+        return
+    lacking = {k for k in before if k not in state_dict or state_dict[k].shape != before[k].shape}
+    assert all(k.endswith('num_batches_tracked') or k.startswith('head.') for k in lacking), lacking
 
 
 def test_timm_would_refuse_or_run_these(tmp_path):

@@ -212,7 +212,7 @@ def test_unknown_networks(tmp_path):
     assert conversion.inspect(tmp_path / 'a.pt')[-1] == 'model: none of this package'
     with pytest.raises(CheckpointError, match='no network of this package'):
         conversion.convert(tmp_path / 'a.pt', tmp_path / 'out')
-    with pytest.raises(CheckpointError, match='does not fit cspnet_nano'):
+    with pytest.raises(CheckpointError, match='holds another network, not cspnet_nano'):
         conversion.convert(tmp_path / 'a.pt', tmp_path / 'out', model='cspnet_nano', license='mit')
 
 

@@ -98,7 +98,7 @@ def check_modules(
         norms = trace_norms(checkpoint, model, convert)
     except CheckpointError as error:
         raise CheckpointError(f'{checkpoint.path}: {error}') from error
-    except (LookupError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f'{checkpoint.path}: holds another network; its names are only partly those of the one '
                               f'asked for ({type(error).__name__}: {error}).') from error
     check_activations(checkpoint, model, norms)

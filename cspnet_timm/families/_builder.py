@@ -19,8 +19,8 @@ from timm.models import (
 )
 from timm.models import register_model as timm_register_model
 
-from ..backbone import BackboneCfg, CspBackbone
-from ..checkpoints import read_foreign
+from ..backbone import BackboneCfg, CspBackbone, StateDict
+from ..checkpoints import CheckpointError, read_foreign
 
 __all__ = ['WEIGHTS', 'WeightsInfo', 'build_backbone', 'default_cfg', 'describe_weights', 'register_model']
 
@@ -133,15 +133,35 @@ def _read_foreign_file(variant: str, cfg: BackboneCfg, kwargs: Dict[str, Any]) -
         return
     # A file that says which activations and batch norms it was trained with is held against those asked for.
     layers = {k: kwargs[k] for k in ('act_layer', 'norm_layer', 'bn_eps') if kwargs.get(k) is not None}
-    state_dict = read_foreign(
-        file,
-        CspBackbone(cfg, num_classes=overlay.get('num_classes', 1000), device='meta', **layers),
-        allow_partial=not kwargs.get('pretrained_strict', True),
-        convert=cfg.convert,
-    )
+    model = CspBackbone(cfg, num_classes=overlay.get('num_classes', 1000), device='meta', **layers)
+    strict = kwargs.get('pretrained_strict', True)
+    state_dict = read_foreign(file, model, allow_partial=not strict, convert=cfg.convert)
     if state_dict is not None:
+        if strict:
+            _check_fit(variant, cfg, str(file), model, state_dict)
         overlay.update(file=None, state_dict=state_dict)
         kwargs['pretrained_cfg_overlay'] = overlay
+
+
+def _check_fit(variant: str, cfg: BackboneCfg, file: str, model: CspBackbone, state_dict: StateDict) -> None:
+    """Say which network a file holds, before timm lists every key that it lacks of the one asked for."""
+    given = {k: v.to('meta') for k, v in state_dict.items()}
+    converted = cfg.convert(dict(given), model) if cfg.convert is not None else given
+    own = model.state_dict()
+    first = next((k for k, v in own.items() if v.ndim == 4), '')  # its input channels are timm's to adapt
+    wrong = [
+        key for key, value in {**converted, **own}.items() if not key.startswith('head.') and (
+            key not in own or (key not in converted and not key.endswith('num_batches_tracked')) or (
+                key in converted and converted[key].shape != value.shape and key != first))
+    ]
+    if wrong:
+        from ._recognise import candidates  # knows the families, which begin with this module
+
+        found = ' or '.join(candidates(given)) or 'another network'
+        raise CheckpointError(
+            f'{file}: holds {found}, not {variant}: {len(wrong)} tensors are missing, too many or of another '
+            f'shape, among them {wrong[0]!r}.'
+        )
 
 
 def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: Any) -> CspBackbone:
