@@ -71,6 +71,8 @@ def describe_weights(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
         info = cfg.pop('info', None)
         if info is not None:
             WEIGHTS[name.rstrip('*')] = WeightsInfo(license=cfg['license'], **info)
+        else:
+            cfg.pop('license', None)  # there are no weights that it could be the licence of
         plain[name] = cfg
     return generate_default_cfgs(plain)
 
@@ -143,7 +145,7 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     if pretrained:
         _read_foreign_file(cfg, kwargs)
         _require_source(variant, kwargs)
-    model = build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         CspBackbone,
         variant,
         pretrained,
@@ -154,6 +156,7 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     )
     # What was read is loaded: in the config it would be kept in memory, and could not be written as JSON.
     model.pretrained_cfg.pop('state_dict', None)
+    model.pretrained = pretrained and _names_its_weights(kwargs.get('pretrained_cfg_overlay') or {})
     return model
 
 
@@ -176,3 +179,8 @@ def _require_source(variant: str, kwargs: Dict[str, Any]) -> None:
         f'(licence: {cfg.license or "unknown"}) and pass it: timm.create_model({name!r}, pretrained=True, '
         'pretrained_cfg_overlay=dict(file=\'path/of/the/file\')).'
     )
+
+
+def _names_its_weights(overlay: Dict[str, Any]) -> bool:
+    """Whether the pretrained config still says where the weights come from, and not a file of the caller's."""
+    return 'license' in overlay or not any(overlay.get(k) for k in ('file', 'url', 'state_dict', 'hf_hub_id'))
