@@ -9,24 +9,28 @@ from . import autoload
 from .autoload import register
 
 if TYPE_CHECKING:
+    from . import hub
     from .backbone import CspBackbone
     from .cross_stage import ComposedStage, CrossStage
 
 __version__ = '0.1.0'
-__all__ = ['ComposedStage', 'CrossStage', 'CspBackbone', 'register']
+__all__ = ['ComposedStage', 'CrossStage', 'CspBackbone', 'hub', 'register']
 
 _PUBLIC = {
     'ComposedStage': 'cross_stage',
     'CrossStage': 'cross_stage',
     'CspBackbone': 'backbone',
 }
+_MODULES = ('hub',)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _PUBLIC and name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f'{__name__}.{name}')
     value = getattr(import_module(f'{__name__}.{_PUBLIC[name]}'), name)
     globals()[name] = value
     return value

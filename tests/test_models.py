@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
+from timm.layers import BatchNormAct2d
 from timm.models import create_model, group_parameters, reparameterize_model
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
@@ -20,7 +21,7 @@ def picture(batch=2, chans=3, size=(SIZE, SIZE)):
     return torch.randn(batch, chans, *size)
 
 
-# On every model: shapes and names, on the meta device, where a large model costs no more than a small one.
+# On every model: names, shapes and types, on the meta device, where a large model costs no more than a small one.
 
 
 def test_there_are_models():
@@ -28,34 +29,29 @@ def test_there_are_models():
     assert all(word not in name for name in ALL for word in ('vit', 'dla', 'tresnet'))  # two libraries look for these
 
 
-def test_default_cfg(any_model):
-    model = create_model(any_model, device='meta')
-    cfg = model.pretrained_cfg
-    keys = model.state_dict().keys()
-    assert cfg['license'] and cfg['architecture'] == any_model
-    assert f'{cfg["first_conv"]}.weight' in keys
-    three = create_model(any_model, num_classes=3, device='meta').state_dict()
-    assert three[f'{cfg["classifier"]}.weight'].shape[0] == 3
-    assert type(next(m for m in model.modules() if not any(m.children()))) is nn.Conv2d  # as torchgeo expects
-    features = model.forward_features(torch.empty(1, *cfg['input_size'], device='meta'))
-    assert tuple(features.shape[-2:]) == tuple(cfg['pool_size'])
-    assert resolve_data_config({}, model=model)['input_size'] == cfg['input_size']
-
-
-def test_layout(any_model):
-    model = create_model(any_model, device='meta')
+def test_layout_and_default_cfg(any_model):
+    model = create_model(any_model, num_classes=3, device='meta').eval()
     names = [info['module'] for info in model.feature_info]
     assert names == ['stem'] + [f'layer{i}' for i in range(1, len(names))]
     assert [name for name, _ in model.named_children()] == [*names, 'head']
     assert [info['reduction'] for info in model.feature_info] == [2 ** (i + 1) for i in range(len(names))]
     for name, module in model.named_modules():
-        assert 'NormAct' not in type(module).__name__ or isinstance(module, nn.Sequential), name
+        assert not isinstance(module, BatchNormAct2d), name
         assert name.rsplit('.', 1)[-1] not in ('fuse', 'reparameterize', 'switch_to_deploy'), name
+    assert type(next(m for m in model.modules() if not any(m.children()))) is nn.Conv2d  # as torchgeo expects
+
+    cfg, state_dict = model.pretrained_cfg, model.state_dict()
+    assert cfg['license'] and cfg['architecture'] == any_model
+    assert state_dict[f'{cfg["first_conv"]}.weight'].shape[1] == 3
+    assert state_dict[f'{cfg["classifier"]}.weight'].shape[0] == 3
+    features = model.forward_features(torch.empty(1, *cfg['input_size'], device='meta'))
+    assert tuple(features.shape[1:]) == (model.num_features, *cfg['pool_size'])
+    assert resolve_data_config({}, model=model)['input_size'] == cfg['input_size']
 
 
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
 def test_feature_shapes(any_model, output_stride):
-    model = create_model(any_model, features_only=True, output_stride=output_stride, device='meta')
+    model = create_model(any_model, features_only=True, output_stride=output_stride, device='meta').eval()
     outputs = model(torch.empty(1, 3, 128, 192, device='meta'))
     assert len(outputs) == len(model.feature_info.channels()) >= 4
     for output, chs, reduction in zip(outputs, model.feature_info.channels(), model.feature_info.reduction()):
@@ -63,10 +59,20 @@ def test_feature_shapes(any_model, output_stride):
         assert tuple(output.shape) == (1, chs, 128 // reduction, 192 // reduction)
 
 
+def test_device_and_dtype(any_model):
+    model = create_model(any_model, device='meta', dtype=torch.bfloat16)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all(t.device.type == 'meta' for t in tensors)
+    assert all(t.dtype == torch.bfloat16 for t in tensors if t.is_floating_point())
+
+
+# On the smallest model of each structure: arguments, numbers, compilers, training.
+
+
 @pytest.mark.parametrize('out_indices', [(0,), (-1,), (1, 3), (-3, -1), (3, 1), 2])
-def test_out_indices(any_model, out_indices):
-    every = create_model(any_model, features_only=True, device='meta')
-    model = create_model(any_model, features_only=True, out_indices=out_indices, device='meta')
+def test_out_indices(model_name, out_indices):
+    every = create_model(model_name, features_only=True, device='meta')
+    model = create_model(model_name, features_only=True, out_indices=out_indices, device='meta').eval()
     n = len(every.feature_info.channels())
     wanted = range(n - out_indices, n) if isinstance(out_indices, int) else sorted(i % n for i in out_indices)
     assert model.feature_info.channels() == [every.feature_info.channels()[i] for i in wanted]
@@ -75,36 +81,32 @@ def test_out_indices(any_model, out_indices):
     assert [64 // o.shape[-1] for o in outputs] == model.feature_info.reduction()
 
 
-def test_bad_arguments(any_model):
+def test_bad_arguments(model_name):
     with pytest.raises(TypeError, match='no_such_argument'):
-        create_model(any_model, no_such_argument=1, device='meta')
+        create_model(model_name, no_such_argument=1, device='meta')
     with pytest.raises(ValueError, match=r'output_stride=4 .*8, 16 and 32'):
-        create_model(any_model, output_stride=4, device='meta')
+        create_model(model_name, output_stride=4, device='meta')
     for bad in ((9,), (-9,), 9, 0, (1, 1), ()):
         with pytest.raises(ValueError, match='out_indices'):
-            create_model(any_model, features_only=True, out_indices=bad, device='meta')
+            create_model(model_name, features_only=True, out_indices=bad, device='meta')
     with pytest.raises(ValueError, match='global_pool'):
-        create_model(any_model, num_classes=7, global_pool='', device='meta')
+        create_model(model_name, num_classes=7, global_pool='', device='meta')
 
 
-def test_meta_device_and_dtype(any_model):
-    model = create_model(any_model, device='meta', dtype=torch.bfloat16)
-    tensors = [*model.parameters(), *model.buffers()]
-    assert all(t.device.type == 'meta' for t in tensors)
-    assert all(t.dtype == torch.bfloat16 for t in tensors if t.is_floating_point())
+def test_device_context(model_name):
     with torch.device('meta'):
-        assert all(p.device.type == 'meta' for p in create_model(any_model).parameters())
+        assert all(p.device.type == 'meta' for p in create_model(model_name).parameters())
 
 
 @pytest.mark.parametrize('in_chans', [1, 4])
-def test_in_chans(any_model, in_chans):
-    model = create_model(any_model, in_chans=in_chans, num_classes=5, device='meta')
+def test_in_chans(model_name, in_chans):
+    model = create_model(model_name, in_chans=in_chans, num_classes=5, device='meta')
     assert model.in_chans == in_chans
     assert model(torch.empty(2, in_chans, 64, 64, device='meta')).shape == (2, 5)
 
 
-def test_classifier(any_model):
-    model = create_model(any_model, num_classes=7, device='meta')
+def test_classifier(model_name):
+    model = create_model(model_name, num_classes=7, device='meta').eval()
     x = torch.empty(2, 3, 64, 64, device='meta')
     features = model.forward_features(x)
     assert features.shape[1] == model.num_features
@@ -117,11 +119,11 @@ def test_classifier(any_model):
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     model.reset_classifier(0)
     assert model(x).shape == (2, model.head_hidden_size)
-    assert create_model(any_model, num_classes=0, global_pool='', device='meta')(x).ndim == 4
+    assert create_model(model_name, num_classes=0, global_pool='', device='meta').eval()(x).ndim == 4
 
 
-def test_group_matcher(any_model):
-    model = create_model(any_model, num_classes=5, device='meta')
+def test_group_matcher(model_name):
+    model = create_model(model_name, num_classes=5, device='meta')
     for coarse in (False, True):
         groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
         assert groups.keys() == dict(model.named_parameters()).keys()
@@ -131,9 +133,6 @@ def test_group_matcher(any_model):
         order = [max(g for n, g in groups.items() if n.startswith(f'{info["module"]}.')) for info in model.feature_info]
         assert order == sorted(set(order)) and last == order[-1] + 1
     assert last == len(order)  # coarse: one group per level and one for the head
-
-
-# On the smallest model of each structure: numbers, compilers, training.
 
 
 def test_forward_backward(model_name):

@@ -10,9 +10,9 @@ ALL = timm.list_models('cspnet_*')
 
 @functools.cache
 def structure(name):
-    """What a model is made of, whatever its widths and depths: its modules' names without numbers, and their types."""
-    model = timm.create_model(name, device='meta')
-    return frozenset((re.sub(r'\d+', '#', n), type(m).__name__) for n, m in model.named_modules())
+    """What a model is made of, whatever its widths, depths and activations: its modules' names and types."""
+    modules = timm.create_model(name, device='meta').named_modules()
+    return frozenset((re.sub(r'\d+', '#', n), type(m).__name__) for n, m in modules if not n.endswith('act'))
 
 
 @functools.cache

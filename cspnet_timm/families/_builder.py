@@ -131,7 +131,14 @@ def _read_foreign_file(variant: str, cfg: BackboneCfg, kwargs: Dict[str, Any]) -
         file = _download(weights.url, kwargs.get('cache_dir'))
     if not file:
         return
-    state_dict = read_foreign(file, CspBackbone(cfg, device='meta'))
+    # A file that says which activations and batch norms it was trained with is held against those asked for.
+    layers = {k: kwargs[k] for k in ('act_layer', 'norm_layer', 'bn_eps') if kwargs.get(k) is not None}
+    state_dict = read_foreign(
+        file,
+        CspBackbone(cfg, num_classes=overlay.get('num_classes', 1000), device='meta', **layers),
+        allow_partial=not kwargs.get('pretrained_strict', True),
+        convert=cfg.convert,
+    )
     if state_dict is not None:
         overlay.update(file=None, state_dict=state_dict)
         kwargs['pretrained_cfg_overlay'] = overlay
@@ -158,10 +165,11 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     num_levels = len(cfg.levels)
     if kwargs.get('features_only') and kwargs.get('out_indices') is not None:
         kwargs['out_indices'] = _check_out_indices(variant, kwargs['out_indices'], num_levels)
+    named = pretrained and _names_its_weights(kwargs.get('pretrained_cfg_overlay') or {})
     if pretrained:
         _read_foreign_file(variant, cfg, kwargs)
         _require_source(variant, kwargs)
-    model = build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         CspBackbone,
         variant,
         pretrained,
@@ -172,6 +180,7 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     )
     # What was read is loaded: in the config it would be kept in memory, and could not be written as JSON.
     model.pretrained_cfg.pop('state_dict', None)
+    model.pretrained = named
     return model
 
 
@@ -194,3 +203,8 @@ def _require_source(variant: str, kwargs: Dict[str, Any]) -> None:
         f'(licence: {cfg.license or "unknown"}) and pass it: timm.create_model({name!r}, pretrained=True, '
         'pretrained_cfg_overlay=dict(file=\'path/of/the/file\')).'
     )
+
+
+def _names_its_weights(overlay: Dict[str, Any]) -> bool:
+    """Whether the pretrained config still says where the weights come from, and not a file of the caller's."""
+    return 'license' in overlay or not any(overlay.get(k) for k in ('file', 'url', 'state_dict', 'hf_hub_id'))
