@@ -4,3 +4,6 @@ FAMILIES = (
     'cspnet_nano',
     'cspnet_tutorial',
 )
+
+# Where each run takes seconds: one of the package's own, one of the paper, one of a detector.
+SCRIPT_FAMILIES = ('cspnet_nano',)

@@ -14,6 +14,7 @@ from timm.utils import reparameterize_model
 from cspnet_timm.backbone import BackboneCfg, CspBackbone
 from cspnet_timm.blocks import AttentionBlock
 from cspnet_timm.checkpoints import CheckpointError
+from cspnet_timm.checkpoints.description import TensorInfo, count_classes
 from cspnet_timm.families import _recognise, _yolo, cspnext, ppyoloe, yolox
 from cspnet_timm.families._builder import WEIGHTS
 from cspnet_timm.families._recognise import candidates, recognise, unwrap
@@ -463,6 +464,15 @@ def test_the_error_of_an_unknown_network_names_a_tensor():
     del state_dict['backbone.stages.2.conv1.conv.weight']
     with pytest.raises(CheckpointError, match=r"another network.*1 of its tensors .*'layer3.csp.bypass.conv.weight'"):
         timm.create_model('cspnet_ppyoloe_t').load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize('fixture, num_classes', [('cspnext_tiny', 1000), ('ppyoloe_t', None), ('yolov8n_cls', 1000)])
+def test_channel_attention_is_no_classifier(fixture, num_classes):
+    _, state_dict, _, _ = load_fixture(fixture)
+    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in state_dict.items()}
+    assert count_classes(infos) == num_classes
+    backbone = {name: info for name, info in infos.items() if 'head.' not in name and 'linear.' not in name}
+    assert count_classes(backbone) is None
 
 
 def test_containers_are_opened():

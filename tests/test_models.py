@@ -229,6 +229,7 @@ def test_export(model_name):
 
 def test_compile(model_name):
     model = create(model_name)
+    torch._dynamo.reset()  # all models share one forward, and the number of its versions is limited
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     with torch.no_grad():
         for batch in (2, 3, 5):

@@ -1,4 +1,5 @@
 """What a checkpoint file says of itself, before a single tensor of it is read."""
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -166,6 +167,8 @@ def count_classes(tensors: Mapping[str, TensorInfo]) -> Optional[int]:
     """
     for ending in _CLASS_KEYS:
         for name, info in tensors.items():
+            if re.search(r'\b(attn|attention)\.', name):  # a channel attention's layer may be called fc, too
+                continue
             if info.shape and (name == ending or name.endswith(f'.{ending}')):
                 return info.shape[0]
     return None

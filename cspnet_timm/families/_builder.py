@@ -1,4 +1,5 @@
 """What every family's file calls: build a variant, describe its weights, register it."""
+import functools
 import hashlib
 import re
 from dataclasses import dataclass
@@ -164,6 +165,15 @@ def _check_fit(variant: str, cfg: BackboneCfg, file: str, model: CspBackbone, st
         )
 
 
+def _filter(cfg: BackboneCfg, state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Convert, and leave the classifier out if the model has none: timm does so only if the config tells of one."""
+    if cfg.convert is not None:
+        state_dict = cfg.convert(state_dict, model)
+    if any(name.startswith('head.fc.') for name, _ in model.named_parameters()):
+        return state_dict
+    return {k: v for k, v in state_dict.items() if not k.startswith('head.fc.')}
+
+
 def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: Any) -> CspBackbone:
     """Build a registered variant the way timm builds its own.
 
@@ -195,7 +205,7 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
         pretrained,
         model_cfg=cfg,
         feature_cfg=dict(out_indices=tuple(range(num_levels))),
-        pretrained_filter_fn=cfg.convert,
+        pretrained_filter_fn=functools.partial(_filter, cfg),
         **kwargs,
     )
     # What was read is loaded: in the config it would be kept in memory, and could not be written as JSON.

@@ -1,0 +1,205 @@
+"""timm's own scripts, unedited, with this package's models.
+
+They are not in timm's wheel: set ``TIMM_SCRIPTS`` to the folder that holds them, a clone of timm. The test copies them
+to a folder without a ``timm`` beside them, so that they run with the timm that is installed.
+"""
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image, ImageDraw
+from samples import FAMILIES, SCRIPT_FAMILIES
+
+import cspnet_timm
+
+SCRIPTS = os.environ.get('TIMM_SCRIPTS')
+NAMES = ('train', 'validate', 'inference', 'benchmark', 'onnx_export', 'avg_checkpoints')
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not SCRIPTS, reason='TIMM_SCRIPTS does not name the folder of timm\'s scripts'),
+]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('timm_scripts')
+    for name in NAMES:
+        shutil.copy(Path(SCRIPTS) / f'{name}.py', folder)
+    shutil.copy(Path(__file__).with_name('ddp_cpu_shim.py'), folder)
+    draw_pictures(folder / 'pictures')
+    return folder
+
+
+def draw_pictures(root):
+    """Discs and bars, eight of each to train on and four to validate."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (('train', 8), ('validation', 4)):
+        for kind in ('bar', 'disc'):
+            (root / split / kind).mkdir(parents=True)
+            for i in range(count):
+                x, y, shade = torch.randint(0, 30, (3,), generator=generator).tolist()
+                picture = Image.new('RGB', (64, 64), (shade, shade, shade))
+                box = (x, y, x + 30, y + (30 if kind == 'disc' else 6))
+                draw = ImageDraw.Draw(picture)
+                (draw.ellipse if kind == 'disc' else draw.rectangle)(box, fill=(220, 200, 40))
+                picture.save(root / split / kind / f'{split}_{kind}_{i}.png')  # the scripts want unique names
+
+
+def run(folder, *command, launcher=()):
+    packages = [str(Path(cspnet_timm.__file__).parents[1]), os.environ.get('PYTHONPATH', '')]
+    result = subprocess.run(
+        [sys.executable, *launcher, *map(str, command)], cwd=folder, capture_output=True, text=True, timeout=600,
+        env={**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(packages)},
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout + result.stderr
+
+
+def train(folder, model, experiment, *options, launcher=(), epochs=1):
+    """Train and return the run's folder, its log and its summary, a row per epoch."""
+    log = run(
+        folder, 'train.py', '--data-dir', 'pictures', '--model', model, '--num-classes', 2, '--device', 'cpu', '-b', 4,
+        '-j', 0, '--epochs', epochs, '--warmup-epochs', 0, '--img-size', 64, '--lr', 0.01, '--log-interval', 1,
+        '--output', 'runs', '--experiment', experiment, *options, launcher=launcher,
+    )
+    output = folder / 'runs' / experiment
+    with (output / 'summary.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(math.isfinite(float(row['train_loss'])) and math.isfinite(float(row['eval_loss'])) for row in rows)
+    return output, log, rows
+
+
+def results(log):
+    return json.loads(log[log.index('--result') + len('--result'):][:log[log.index('--result'):].rindex('}') - 7])
+
+
+@pytest.fixture(scope='module')
+def trained(folder):
+    """The checkpoint of each model, trained once."""
+    checkpoints = {}
+
+    def checkpoint(name):
+        if name not in checkpoints:
+            output, _, rows = train(folder, name, f'first_{name}', epochs=2)
+            assert len(rows) == 2
+            checkpoints[name] = output / 'last.pth.tar'
+        return checkpoints[name]
+
+    return checkpoint
+
+
+@pytest.mark.parametrize('name', SCRIPT_FAMILIES)
+def test_train_validate_and_average(folder, trained, name):
+    checkpoint = trained(name)
+    options = ('--data-dir', 'pictures', '--model', name, '--num-classes', 2, '--device', 'cpu', '-b', 4, '-j', 0,
+               '--img-size', 64, '--checkpoint', checkpoint)
+    plain = results(run(folder, 'validate.py', *options))
+    assert 0 <= plain['top1'] <= 100
+    reparameterised = results(run(folder, 'validate.py', *options, '--reparam'))
+    assert reparameterised['top1'] == plain['top1']
+    assert reparameterised['param_count'] <= plain['param_count']
+
+    average = folder / f'{name}.safetensors'
+    run(folder, 'avg_checkpoints.py', '--input', checkpoint.parent, '--filter', 'checkpoint-*.pth.tar', '--output',
+        average, '--safetensors')
+    model = timm.create_model(name, num_classes=2, checkpoint_path=str(average))
+    assert torch.isfinite(model.eval()(torch.zeros(1, 3, 64, 64))).all()
+
+
+@pytest.mark.parametrize('name', SCRIPT_FAMILIES)
+def test_inference(folder, trained, name):
+    pytest.importorskip('pandas', reason='inference.py writes its results by pandas')
+    run(folder, 'inference.py', '--data-dir', 'pictures/validation', '--model', name, '--num-classes', 2,
+        '--device', 'cpu', '-b', 4, '-j', 0, '--img-size', 64, '--checkpoint', trained(name), '--label-type', 'none',
+        '--fullname', '--topk', 2, '--results-dir', f'inference_{name}')
+    table, = (folder / f'inference_{name}').glob('*.csv')
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert all(float(row['prob_0']) + float(row['prob_1']) == pytest.approx(1, abs=1e-4) for row in rows)
+
+
+@pytest.mark.parametrize('name', SCRIPT_FAMILIES)
+@pytest.mark.parametrize('options', [('inference',), ('train',), ('inference', '--reparam')], ids=' '.join)
+def test_benchmark(folder, name, options):
+    found = results(run(folder, 'benchmark.py', '--model', name, '--device', 'cpu', '-b', 2, '--img-size', 64,
+                        '--num-warm-iter', 1, '--num-bench-iter', 5, '--bench', *options))
+    assert found['model'] == name
+    rate, = (v for k, v in found.items() if k in ('infer_samples_per_sec', 'train_samples_per_sec'))
+    assert rate > 0
+
+
+@pytest.mark.parametrize('name', SCRIPT_FAMILIES)
+@pytest.mark.parametrize('options', [(), ('--dynamo',), ('--reparam',)], ids=' '.join)
+def test_onnx_export(folder, trained, name, options):
+    for package in ('onnx', 'onnxruntime', 'onnxscript'):
+        pytest.importorskip(package, reason='onnx_export.py needs the extra onnx')
+    output = folder / f'{name}{"".join(options)}.onnx'
+    run(folder, 'onnx_export.py', output, '--model', name, '--num-classes', 2, '--checkpoint', trained(name),
+        '--img-size', 64, '-b', 1, '--check-forward', *options)  # fails if ONNX Runtime's output differs
+    assert output.stat().st_size > 10_000
+
+
+FLAGS = {
+    'amp': ('--amp', '--amp-dtype', 'bfloat16'),
+    'layer decay': ('--opt', 'adamw', '--layer-decay', '0.7'),
+    'checkpointing': ('--grad-checkpointing',),
+    'ema': ('--model-ema', '--model-ema-decay', '0.5'),
+    'compile': ('--torchcompile', 'eager'),
+    'drop path': ('--drop-path', '0.2', '--drop', '0.1', '--drop-block', '0.1'),
+    'batch norm': ('--bn-momentum', '0.02', '--bn-eps', '0.002'),
+    'channels last': ('--channels-last',),
+    'split bn': ('--aug-splits', '2', '--split-bn', '--jsd-loss', '--smoothing', '0'),
+    'one channel': ('--in-chans', '1'),
+    'pooling': ('--gp', 'catavgmax'),
+}
+
+
+@pytest.mark.parametrize('name', SCRIPT_FAMILIES)
+@pytest.mark.parametrize('flags', FLAGS)
+def test_training_flags(folder, name, flags):
+    train(folder, name, f'{flags} {name}'.replace(' ', '_'), *FLAGS[flags])
+
+
+@pytest.mark.parametrize('name', SCRIPT_FAMILIES)
+def test_resume(folder, trained, name):
+    before = torch.load(trained(name), weights_only=False)
+    output, _, rows = train(folder, name, f'resumed_{name}', '--resume', trained(name), epochs=3)
+    assert [row['epoch'] for row in rows] == ['2']  # it went on with the third
+    after = torch.load(output / 'last.pth.tar', weights_only=False)
+    assert before['state_dict'].keys() == after['state_dict'].keys()
+    steps = {k: v for k, v in after['state_dict'].items() if k.endswith('num_batches_tracked')}
+    assert all(v > before['state_dict'][k] for k, v in steps.items())
+
+
+@pytest.mark.parametrize('name', SCRIPT_FAMILIES)
+def test_pretrained_path(folder, trained, name):
+    output, _, _ = train(folder, name, f'pretrained_{name}', '--pretrained', '--pretrained-path', trained(name),
+                         '--lr', '1e-12', '--weight-decay', 0)
+    before = torch.load(trained(name), weights_only=False)['state_dict']
+    after = torch.load(output / 'last.pth.tar', weights_only=False)['state_dict']
+    for key, value in before.items():
+        if key.endswith('.conv.weight'):
+            torch.testing.assert_close(after[key], value)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without distributed')
+@pytest.mark.parametrize('name', SCRIPT_FAMILIES)
+def test_two_processes(folder, name):
+    launcher = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', '--standalone')
+    _, log, _ = train(folder, name, f'two_{name}', '--device-modules', 'ddp_cpu_shim', '--model-ema', launcher=launcher)
+    assert re.search(r'total 2\b', log), log[-2000:]
+
+
+def test_samples_are_registered():
+    assert all(timm.is_model(name) for name in FAMILIES + SCRIPT_FAMILIES)
