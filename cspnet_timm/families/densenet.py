@@ -6,10 +6,11 @@ and partial transition layer); the partial ratio and the three fusions of its Fi
 convolution, batch norm and leaky ReLU in this order, as in his cfgs. From DenseNet: depths, growth of 32, bottlenecks
 of four times the growth, stem, pools, and the transitions between the stages, which halve the channels.
 
-Ours, because nobody says: every stage is partial; the second transition is DenseNet's own, so that the last stage has
-none; the first one is added to it and keeps the number of channels (for fusion ``'last'``, where it is the only one, it
-halves them); the pool stands between the two, which is cheaper, so that pool and second transition open the next layer
-here. The parameters, operations and accuracies that the paper gives are of other layers than these.
+Ours, because nobody says: every stage is partial; the first transition halves its channels as DenseNet's does, the
+second gives as many as DenseNet has there, behind the last stage too; the pool stands between the two, which is
+cheaper, so that pool and second transition open the next layer here; for fusion ``'last'`` the first transition, then
+the only one, fills up what bypasses to DenseNet's number. The parameters, operations and accuracies that the paper
+gives are of other layers than these.
 
 Papers: `CSPNet: A New Backbone that can Enhance Learning Capability of CNN`, https://arxiv.org/abs/1911.11929;
 `Densely Connected Convolutional Networks`, https://arxiv.org/abs/1608.06993
@@ -44,7 +45,8 @@ def _partial_dense_layer(
         args: LevelArgs,
         stage_chs: int,
         out_chs: int,
-        block: Callable[[int, LevelArgs], nn.Module],
+        transition_chs: Optional[int],
+        block: Callable[..., nn.Module],
         pool: Optional[Callable[[int, LevelArgs], nn.Module]],
         merge: bool,
         partial_ratio: float,
@@ -54,15 +56,13 @@ def _partial_dense_layer(
     layers['pool'] = nn.AvgPool2d(args.stride, ceil_mode=True) if pool is None else pool(in_chs, args)
     if pool is None and fusion != 'last':
         layers['transition'] = ConvNormAct(in_chs, stage_chs, **args.layers)
-    entry_chs = stage_chs - round(partial_ratio * stage_chs)
-    blocks = block(entry_chs, args)
     layers['csp'] = CrossStage(
         stage_chs, out_chs,
-        blocks=lambda chs: blocks,
+        blocks=partial(block, args=args),
         partial_ratio=partial_ratio,
         fusion=fusion,
         partition='split',
-        transition_chs=getattr(blocks, 'out_chs', entry_chs) if fusion == 'csp' else None,
+        transition_chs=transition_chs,
         merge=merge,
         **args.layers,
     )
@@ -72,11 +72,10 @@ def _partial_dense_layer(
 def partial_dense_levels(
         stem: Level,
         pool: Callable[[int, LevelArgs], nn.Module],
-        blocks: Sequence[Callable[[int, LevelArgs], nn.Module]],
+        blocks: Sequence[Callable[..., nn.Module]],
         depths: Sequence[int],
         growth: int,
         compression: float,
-        merge_last: bool,
         partial_ratio: float,
         fusion: str,
 ) -> List[Level]:
@@ -85,11 +84,10 @@ def partial_dense_levels(
     Args:
         stem: The first level.
         pool: Called with the channels, returns what halves the stem's map.
-        blocks: For each stage, called with the channels that enter its dense layers.
+        blocks: For each stage, called with the channels that enter its dense layers and ``args``, the level's.
         depths: Layers of each stage.
         growth: Channels that each layer adds.
-        compression: Channels behind the transition between two stages, as a fraction of those before it.
-        merge_last: Have a second transition behind the last stage too.
+        compression: Channels behind the first transition, as a fraction of those before it, and between two stages.
         partial_ratio: Fraction of a stage's channels that bypasses its dense layers.
         fusion: ``'csp'``, ``'first'`` or ``'last'``.
 
@@ -100,12 +98,17 @@ def partial_dense_levels(
     stage_chs = stem.out_chs
     for i, (block, depth) in enumerate(zip(blocks, depths)):
         last = i == len(depths) - 1
-        concat_chs = stage_chs + depth * growth
-        next_chs = concat_chs if last else int(concat_chs * compression)
-        out_chs = next_chs if fusion == 'last' else concat_chs
+        dense_chs = stage_chs + depth * growth
+        next_chs = dense_chs if last else int(dense_chs * compression)
+        transition_chs = None
+        out_chs = dense_chs if fusion == 'first' else next_chs
+        if fusion == 'csp':
+            bypass_chs = round(partial_ratio * stage_chs)
+            transition_chs = int((dense_chs - bypass_chs) * compression)
+            out_chs = next_chs if last else transition_chs + bypass_chs
         levels.append(Level(partial(
-            _partial_dense_layer, stage_chs=stage_chs, out_chs=out_chs, block=block, pool=None if i else pool,
-            merge=last and merge_last, partial_ratio=partial_ratio, fusion=fusion,
+            _partial_dense_layer, stage_chs=stage_chs, transition_chs=transition_chs, out_chs=out_chs, block=block,
+            pool=None if i else pool, merge=last, partial_ratio=partial_ratio, fusion=fusion,
         ), out_chs, depth=depth))
         stage_chs = next_chs
     return levels
@@ -132,7 +135,6 @@ def _create(
         depths=depths,
         growth=GROWTH,
         compression=0.5,
-        merge_last=False,
         partial_ratio=partial_ratio,
         fusion=fusion,
     )

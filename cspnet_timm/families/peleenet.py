@@ -1,9 +1,8 @@
 """CSPPeleeNet, after the paper's text, and the PeleeNet beside it, which is exact.
 
 The author of CSPPeleeNet released neither cfg nor weights of it. What the paper says and what is ours is as in
-``densenet.py``: every stage is partial; the second transition is PeleeNet's own, the first one is added to it and keeps
-the number of channels; the pool stands between the two, so that pool and second transition open the next layer here. A
-layer's bottleneck is clipped by the channels that enter it here. The paper's figures are of other layers than these.
+``densenet.py``, but that PeleeNet's transitions keep the number of channels, the added one too; and a layer's
+bottleneck is clipped by the channels that enter it here. The paper's figures are of other layers than these.
 
 Both have leaky ReLU of slope 0.1, as PeleeNet has in Darknet; in its own code it is ReLU (``act_layer='relu'``).
 
@@ -172,7 +171,7 @@ def cspnet_peleenet(
     """
     levels = partial_dense_levels(
         Level(_stem, STEM_CHS), _stem_pool, _BLOCKS, _DEPTHS, GROWTH,
-        compression=1., merge_last=True, partial_ratio=partial_ratio, fusion=fusion,
+        compression=1., partial_ratio=partial_ratio, fusion=fusion,
     )
     cfg = BackboneCfg(levels=tuple(levels), act_layer=LEAKY)
     return build_backbone('cspnet_peleenet', pretrained, cfg, **kwargs)
