@@ -234,6 +234,7 @@ def test_partial_ratio_and_fusion(name, fusion, partial_ratio):
     assert [tap.shape[1] for tap in maps] == [info['num_chs'] for info in model.feature_info]
 
 
+@pytest.mark.slow
 def test_partial_stages_work_less(benchmark):
     """The paper's claim, of these layers: γ = 0.5 saves operations, and a larger γ saves more."""
     plain = benchmark.count('cspnet_plain_peleenet', 224)['operations']
@@ -292,6 +293,7 @@ def test_weights_are_described():
 
 # The comparison.
 
+@pytest.mark.slow
 def test_comparison_runs(tmp_path):
     command = [
         sys.executable, str(BENCHMARK), '--networks', 'mobilenetv2', '--size', '64', '--batch-size', '2',
@@ -315,3 +317,42 @@ def test_comparison_refuses(arguments, benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(arguments)
     assert arguments[-1] in capsys.readouterr().err
+
+
+# The documentation.
+
+def doc_rows():
+    text = (Path(__file__).parents[1] / 'docs' / 'paper.md').read_text()
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()
+            if line.startswith('| `cspnet_')]
+
+
+def test_documented_weights():
+    rows = {row[0].strip('`'): row for row in doc_rows() if '.' in row[0]}
+    ours = {name for name in WEIGHTS if name.partition('.')[0] in PAPER or name.startswith('cspnet_plain_')}
+    assert set(rows) == ours
+    for name, (_, file, top1, top5, pixels, licence) in rows.items():
+        info = WEIGHTS[name]
+        assert f'({timm.get_pretrained_cfg(name).origin_url})' in file
+        assert info.metrics == dict(top1=float(top1), top5=float(top5), size=int(pixels))
+        assert info.license == licence
+
+
+def test_documented_sizes(benchmark):
+    rows = [row for row in doc_rows() if '.' not in row[0]]
+    assert len(rows) == len(TABLE) + len(AFTER)
+    for name, params, weights, operations, pixels, channels in rows:
+        name = name.strip('`')
+        counts = benchmark.count(name, int(pixels))
+        assert timm.get_pretrained_cfg(name).input_size[-1] == int(pixels)
+        assert f'{counts["params"] / 1e6:.2f}' == params
+        assert f'{counts["weights"] / 1e6:.2f}' == weights
+        assert f'{counts["operations"] / 1e9:.2f}' == operations
+        model = timm.create_model(name, device='meta')
+        assert ', '.join(str(info['num_chs']) for info in model.feature_info) == channels
+
+
+def test_traffic_of_darknet_is_higher(benchmark):
+    """What the paper says of ResNeXt does not carry to Darknet."""
+    assert benchmark.count('cspnet_darknet53', 256)['traffic'] > benchmark.count(
+        'cspnet_plain_darknet53', 256)['traffic']
