@@ -1,5 +1,6 @@
 """Darknet's .weights files: what they give, and every way in which one can be wrong."""
 import copy
+import functools
 import logging
 import re
 import struct
@@ -7,12 +8,14 @@ import struct
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity import load_fixture
 from timm.data import ImageNetInfo
 
 from cspnet_timm.checkpoints import CheckpointError, darknet, read_foreign
+from tests.parity import load_fixture
+from tests.zoo import distance
 
 FIXTURES = {
     'csresnet50': 'cspnet_resnet50',
@@ -57,11 +60,6 @@ def write(path, tensors, header=HEADERS[0]):
 
 def create(name, path, **kwargs):
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs).eval()
-
-
-def distance(a, b):
-    assert a.shape == b.shape
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture(scope='module')
@@ -119,10 +117,10 @@ def test_adapts_to_other_inputs_and_classes(mobile_file):
         maps = create(MOBILE, mobile_file, features_only=True)(x)
         for a, b in zip(maps, full.forward_intermediates(x, intermediates_only=True)):
             torch.testing.assert_close(a, b)
-    eps = {m.eps for m in full.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    eps = {m.eps for m in full.modules() if isinstance(m, nn.BatchNorm2d)}
     assert eps == {1e-6}
     recent = create(MOBILE, mobile_file, bn_eps=1e-5)
-    assert {m.eps for m in recent.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1e-5}
+    assert {m.eps for m in recent.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
 
 
 def test_loaded_model_can_be_saved(mobile_file, tmp_path):
@@ -358,3 +356,10 @@ def test_weights_that_cannot_be_downloaded():
     assert 'unknown' in message
     assert 'pretrained_cfg_overlay=dict(file=' in message
     assert 'cspnet_resnext50_mish.omega_in1k' in message
+
+
+def test_other_normalisation(mobile_file):
+    """Not of a damaged file, but of weights that the network asked for has no place for."""
+    model = timm.create_model(MOBILE, device='meta', norm_layer=functools.partial(nn.GroupNorm, 1))
+    with pytest.raises(CheckpointError, match='norm_layer must be a batch norm'):
+        read_foreign(mobile_file, model)

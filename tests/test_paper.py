@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from cspnet_timm.blocks import BottleBlock, ElasticBlock
 from cspnet_timm.cross_stage import ComposedStage, CrossStage
-from cspnet_timm.families._builder import WEIGHTS
+from cspnet_timm.families import WEIGHTS
 from cspnet_timm.layers import PartialShortcut
 
 BENCHMARK = Path(__file__).parents[1] / 'benchmarks' / 'paper.py'
