@@ -215,6 +215,14 @@ def test_drop_path_and_drop_block(name):
     assert not any(type(m).__name__ in ('DropPath', 'DropBlock2d') for m in plain.modules())
 
 
+@pytest.mark.parametrize('norm_layer', ['groupnorm', 'groupnorm1', 'frozenbatchnorm2d', nn.BatchNorm2d])
+def test_norm_layer(norm_layer):
+    model = timm.create_model('cspnet_resnext50', device='meta', norm_layer=norm_layer)
+    norms = [m.bn for m in model.modules() if hasattr(m, 'bn')]
+    assert len(norms) == 59 and {type(norm) for norm in norms} == {type(norms[0])}
+    assert {norm.eps for norm in norms} == {1e-6}
+
+
 # After the paper's text.
 
 @pytest.mark.parametrize('name', ['cspnet_densenet121', 'cspnet_peleenet'])
