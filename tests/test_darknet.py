@@ -99,8 +99,10 @@ def test_headers(header, mobile, mobile_file, tmp_path):
 def test_recognised_without_its_name(mobile, tmp_path, empty_mobile):
     for i, header in enumerate(HEADERS):
         assert read_foreign(write(tmp_path / f'file{i}', mobile, header), empty_mobile) is not None
-    torch.save({}, tmp_path / 'a.pth')
-    assert read_foreign(tmp_path / 'a.pth', empty_mobile) is None
+    torch.save({'a': torch.zeros(2)}, tmp_path / 'a.pth')
+    for other in (tmp_path / 'a.pth', tmp_path / 'a.weights.h5', tmp_path / 'weights'):
+        head = other.read_bytes()[:64] if other.exists() else b'\x89HDF' + bytes(60)
+        assert not darknet.recognises(other, head)
 
 
 def test_adapts_to_other_inputs_and_classes(mobile_file):
