@@ -118,6 +118,12 @@ def test_adapts_to_other_inputs_and_classes(mobile_file):
         maps = create(MOBILE, mobile_file, features_only=True)(x)
         for a, b in zip(maps, full.forward_intermediates(x, intermediates_only=True)):
             torch.testing.assert_close(a, b)
+        overlay = dict(file=str(mobile_file), num_classes=-1)  # as timm's train.py --pretrained-path has it
+        for num_classes in (10, 1000):
+            tuned = timm.create_model(
+                MOBILE, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes).eval()
+            assert tuned(x).shape == (1, num_classes)
+            torch.testing.assert_close(tuned.forward_features(x), full.forward_features(x))
     eps = {m.eps for m in full.modules() if isinstance(m, nn.BatchNorm2d)}
     assert eps == {1e-6}
     recent = create(MOBILE, mobile_file, bn_eps=1e-5)

@@ -109,6 +109,8 @@ def _read_foreign_file(cfg: BackboneCfg, kwargs: Dict[str, Any]) -> None:
     if not overlay.get('file'):
         return
     num_classes = overlay.get('num_classes', 1000)
+    if num_classes < 1:  # timm's train.py has -1, for a new classifier whatever the file has
+        num_classes = 1000
     state_dict = read_foreign(
         overlay['file'],
         CspBackbone(cfg, num_classes=num_classes, device='meta'),
