@@ -37,8 +37,17 @@ def create_act(act_layer: ActLayer) -> nn.Module:
 
 
 def _accepts(layer: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(layer).parameters.values()
-    return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    function = layer.func if isinstance(layer, functools.partial) else layer
+    # A class that takes any keyword hands it to its base, which may not: timm's GroupNorm takes no momentum.
+    functions = [vars(c)['__init__'] for c in function.__mro__ if '__init__' in vars(c)] if isinstance(
+        function, type) else [function]
+    for function in functions:
+        parameters = inspect.signature(function).parameters
+        if name in parameters:
+            return True
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            return False
+    return True
 
 
 def create_norm(

@@ -84,7 +84,7 @@ def _layers(model: nn.Module) -> List[List[_Tensor]]:
             tensors = [_Tensor(f'{prefix}bias', tuple(conv.bias.shape))]
         else:
             tensors = [
-                _Tensor(f'{prefix}bn.{key}', tuple(bn.running_mean.shape))
+                _Tensor(f'{prefix}bn.{key}', tuple(conv.weight.shape[:1]))
                 for key in ('bias', 'weight', 'running_mean', 'running_var')
             ]
             prefix = f'{prefix}conv.'
@@ -185,6 +185,12 @@ def _read(path: Path, model: nn.Module, allow_partial: bool) -> Dict[str, torch.
             if not layers:
                 raise CheckpointError(
                     f'{path}: is a Darknet file, and there are none for this network, but for {", ".join(NETWORKS)}.')
+            absent = {tensor.key for layer in layers for tensor in layer}.difference(model.state_dict())
+            if absent:
+                raise CheckpointError(
+                    f'{path}: holds batch norms, and this network has no {min(absent)}: '
+                    'norm_layer must be a batch norm.'
+                )
             held = _check_size(path, layers, size - header, allow_partial)
             state_dict = {
                 tensor.key: _read_tensor(path, file, tensor) for layer in layers[:held] for tensor in layer}

@@ -134,7 +134,10 @@ def _read_foreign_file(variant: str, cfg: BackboneCfg, kwargs: Dict[str, Any]) -
         return
     # A file that says which activations and batch norms it was trained with is held against those asked for.
     layers = {k: kwargs[k] for k in ('act_layer', 'norm_layer', 'bn_eps') if kwargs.get(k) is not None}
-    model = CspBackbone(cfg, num_classes=overlay.get('num_classes', 1000), device='meta', **layers)
+    num_classes = overlay.get('num_classes', 1000)
+    if num_classes < 1:  # timm's train.py has -1, for a new classifier whatever the file has
+        num_classes = 1000
+    model = CspBackbone(cfg, num_classes=num_classes, device='meta', **layers)
     strict = kwargs.get('pretrained_strict', True)
     state_dict = read_foreign(file, model, allow_partial=not strict, convert=cfg.convert)
     if state_dict is not None:

@@ -104,7 +104,7 @@ def darknet_cfg(
             data=IN1K,
             source=f'{author["source"]}, file {url}',
             metrics=dict(top1=top1, top5=top5, size=size),
-            metrics_source='https://github.com/WongKinYiu/CrossStagePartialNetworks, README.md',
+            metrics_source='https://github.com/WongKinYiu/CrossStagePartialNetworks, README.md and imagenet/results.md',
         ),
         **kwargs,
     })
