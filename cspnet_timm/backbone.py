@@ -79,6 +79,8 @@ class BackboneCfg:
         head: Called with ``in_features``, ``num_classes``, ``pool_type``, ``drop_rate``, ``device`` and ``dtype`` by
             keyword (and ``act_layer`` and ``norm_layer`` as ``layers`` has them); timm's ``ClassifierHead`` if None.
         convert: Turns a state dict under other key names into one of this model; returns native ones as they are.
+        file_order: Names the model's convolutions, classifier included, in the order in which files list them that
+            name nothing (Darknet's); None if there are no such files.
     """
 
     levels: Tuple[Level, ...]
@@ -88,6 +90,7 @@ class BackboneCfg:
     bn_momentum: float = 0.1
     head: Optional[Callable[..., nn.Module]] = None
     convert: Optional[Callable[[StateDict, nn.Module], StateDict]] = field(default=None, compare=False)
+    file_order: Optional[Callable[[nn.Module], List[str]]] = field(default=None, compare=False)
 
 
 class CspBackbone(nn.Module):
@@ -152,6 +155,7 @@ class CspBackbone(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
+        self.file_order = cfg.file_order
         self.feature_info = []  # type: List[Dict[str, Any]]
 
         layers: Dict[str, Any] = dict(

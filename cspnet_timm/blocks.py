@@ -3,11 +3,12 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import DropPath
 
-from .layers import ActLayer, ConvNormAct, NormLayer, zero_init
+from .layers import ActLayer, ConvNormAct, NormLayer, PartialShortcut, create_act, zero_init
 
-__all__ = ['Collect', 'DarkBlock']
+__all__ = ['BottleBlock', 'Collect', 'DarkBlock', 'DenseBlock', 'DenseLayer', 'ElasticBlock', 'InvertedBlock']
 
 
 class DarkBlock(nn.Module):
@@ -97,3 +98,238 @@ class Collect(nn.Module):
             x = block(x)
             outputs.append(x)
         return torch.cat(outputs, dim=1)
+
+
+class BottleBlock(nn.Module):
+    """ResNet's and ResNeXt's residual block: 1×1, 3×3, linear 1×1, the input added, an activation.
+
+    There is no projection: where input and output differ, :class:`~cspnet_timm.layers.PartialShortcut` adds them.
+
+    Papers: `Deep Residual Learning for Image Recognition`, https://arxiv.org/abs/1512.03385; `Aggregated Residual
+    Transformations for Deep Neural Networks`, https://arxiv.org/abs/1611.05431
+
+    Input ``(B, in_chs, H, W)``, output ``(B, out_chs, H', W')`` with ``H' = ceil(H / stride)``.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            bottle_ratio: float = 0.5,
+            stride: int = 1,
+            dilation: int = 1,
+            groups: int = 1,
+            shortcut: bool = True,
+            act_layer: ActLayer = nn.ReLU,
+            norm_layer: NormLayer = nn.BatchNorm2d,
+            drop_path: float = 0.,
+            drop_block: Optional[Callable[[], nn.Module]] = None,
+            device: Optional[Union[torch.device, str]] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            bottle_ratio: Channels of the 3×3 convolution, as a fraction of ``out_chs``.
+            stride: Stride of the 3×3 convolution.
+            dilation: Its dilation.
+            groups: Its groups.
+            shortcut: Add the input and activate the sum; without, the block ends linear.
+            act_layer: Activation of the first two convolutions and of the sum.
+            norm_layer: Normalisation of the convolutions.
+            drop_path: Probability of leaving the convolutions out, per sample.
+            drop_block: Creates the DropBlock behind the 3×3 convolution.
+            device: Where to create the parameters.
+            dtype: Type of the parameters.
+        """
+        super().__init__()
+        layer_kwargs: Dict[str, Any] = dict(norm_layer=norm_layer, device=device, dtype=dtype)
+        mid_chs = round(out_chs * bottle_ratio)
+        self.conv1 = ConvNormAct(in_chs, mid_chs, act_layer=act_layer, **layer_kwargs)
+        self.conv2 = ConvNormAct(
+            mid_chs, mid_chs, 3, stride=stride, dilation=dilation, groups=groups, act_layer=act_layer,
+            drop_layer=drop_block, **layer_kwargs,
+        )
+        self.conv3 = ConvNormAct(mid_chs, out_chs, act_layer=None, **layer_kwargs)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.shortcut = PartialShortcut(in_chs, out_chs, stride) if shortcut else None
+        self.act = create_act(act_layer) if shortcut else nn.Identity()
+
+    def zero_init_last(self) -> None:
+        """Start with the shortcut alone: set the last batch norm's gamma to zero."""
+        zero_init(self.conv3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform ``(B, in_chs, H, W)``."""
+        y = self.drop_path(self.conv3(self.conv2(self.conv1(x))))
+        if self.shortcut is not None:
+            y = self.shortcut(y, x)
+        return self.act(y)
+
+
+class ElasticBlock(nn.Module):
+    """A residual block that works on half of its channels at half the resolution.
+
+    The other half of the channels keeps the resolution; the same convolutions run on both.
+
+    Paper: `ELASTIC: Improving CNNs with Dynamic Scaling Policies`, https://arxiv.org/abs/1812.05262
+
+    Input and output ``(B, chs, H, W)``, of any size: an odd map is halved upwards and cut when it is enlarged again.
+    """
+
+    def __init__(
+            self,
+            chs: int,
+            block: Callable[[int], nn.Module],
+            act_layer: ActLayer = None,
+            drop_path: float = 0.,
+    ) -> None:
+        """
+        Args:
+            chs: Channels.
+            block: Called with half the channels, returns the convolutions of one half, without shortcut.
+            act_layer: Activation of the sum, none if None.
+            drop_path: Probability of leaving the convolutions out, per sample.
+        """
+        super().__init__()
+        self.full_chs = chs // 2
+        self.full = block(self.full_chs)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.low = block(chs - self.full_chs)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.act = create_act(act_layer) if act_layer is not None else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform ``(B, chs, H, W)``."""
+        full = self.full(x[:, :self.full_chs])
+        low = self.low(self.pool(x[:, self.full_chs:]))
+        low = F.interpolate(low, size=full.shape[2:], mode='nearest')
+        return self.act(self.drop_path(torch.cat([full, low], dim=1)) + x)
+
+
+class InvertedBlock(nn.Module):
+    """MobileNetV2's residual block: 1×1 up, depthwise 3×3, linear 1×1 down.
+
+    The input is added where its shape is the output's; nothing follows the sum. The depthwise convolution may give
+    several channels for each of its input, as in CSPMobileNetV2.
+
+    Paper: `MobileNetV2: Inverted Residuals and Linear Bottlenecks`, https://arxiv.org/abs/1801.04381
+
+    Input ``(B, in_chs, H, W)``, output ``(B, out_chs, H', W')`` with ``H' = ceil(H / stride)``.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            mid_chs: Optional[int] = None,
+            depth_multiplier: int = 1,
+            stride: int = 1,
+            dilation: int = 1,
+            act_layer: ActLayer = nn.ReLU,
+            norm_layer: NormLayer = nn.BatchNorm2d,
+            drop_path: float = 0.,
+            drop_block: Optional[Callable[[], nn.Module]] = None,
+            device: Optional[Union[torch.device, str]] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            mid_chs: Channels that the first convolution gives; there is none if None.
+            depth_multiplier: Channels that the depthwise convolution gives for each of its input.
+            stride: Stride of the depthwise convolution.
+            dilation: Its dilation.
+            act_layer: Activation of the first two convolutions.
+            norm_layer: Normalisation of the convolutions.
+            drop_path: Probability of leaving the convolutions out, per sample.
+            drop_block: Creates the DropBlock behind the depthwise convolution.
+            device: Where to create the parameters.
+            dtype: Type of the parameters.
+        """
+        super().__init__()
+        layer_kwargs: Dict[str, Any] = dict(norm_layer=norm_layer, device=device, dtype=dtype)
+        self.shortcut = in_chs == out_chs and stride == 1
+        self.conv1 = nn.Identity() if mid_chs is None else ConvNormAct(
+            in_chs, mid_chs, act_layer=act_layer, **layer_kwargs)
+        mid_chs = mid_chs or in_chs
+        depth_chs = mid_chs * depth_multiplier
+        self.conv2 = ConvNormAct(
+            mid_chs, depth_chs, 3, stride=stride, dilation=dilation, groups=mid_chs, act_layer=act_layer,
+            drop_layer=drop_block, **layer_kwargs,
+        )
+        self.conv3 = ConvNormAct(depth_chs, out_chs, act_layer=None, **layer_kwargs)
+        self.drop_path = DropPath(drop_path) if drop_path and self.shortcut else nn.Identity()
+
+    def zero_init_last(self) -> None:
+        """Start as the identity, where there is a shortcut: set the last batch norm's gamma to zero."""
+        if self.shortcut:
+            zero_init(self.conv3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform ``(B, in_chs, H, W)``."""
+        y = self.drop_path(self.conv3(self.conv2(self.conv1(x))))
+        return y + x if self.shortcut else y
+
+
+class DenseLayer(nn.Module):
+    """DenseNet's layer, convolution first: 1×1, 3×3, and the input beside what they give.
+
+    Paper: `Densely Connected Convolutional Networks`, https://arxiv.org/abs/1608.06993
+
+    Input ``(B, in_chs, H, W)``, output ``(B, in_chs + growth, H, W)`` in the order [input, new channels].
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            growth: int,
+            mid_chs: int,
+            dilation: int = 1,
+            act_layer: ActLayer = nn.ReLU,
+            norm_layer: NormLayer = nn.BatchNorm2d,
+            drop_path: float = 0.,
+            drop_block: Optional[Callable[[], nn.Module]] = None,
+            device: Optional[Union[torch.device, str]] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            growth: New channels.
+            mid_chs: Channels between the two convolutions.
+            dilation: Dilation of the 3×3 convolution.
+            act_layer: Activation of both convolutions.
+            norm_layer: Normalisation of both convolutions.
+            drop_path: Probability of leaving the new channels zero, per sample.
+            drop_block: Creates the DropBlock behind the 3×3 convolution.
+            device: Where to create the parameters.
+            dtype: Type of the parameters.
+        """
+        super().__init__()
+        layer_kwargs: Dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        self.conv1 = ConvNormAct(in_chs, mid_chs, **layer_kwargs)
+        self.conv2 = ConvNormAct(mid_chs, growth, 3, dilation=dilation, drop_layer=drop_block, **layer_kwargs)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Widen ``(B, in_chs, H, W)``."""
+        return torch.cat([x, self.drop_path(self.conv2(self.conv1(x)))], dim=1)
+
+
+class DenseBlock(nn.Sequential):
+    """Layers in a row, each of which hands on its input beside what it adds.
+
+    Input ``(B, C, H, W)``, output ``(B, out_chs, H, W)``.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], out_chs: int) -> None:
+        """
+        Args:
+            layers: Such as :class:`DenseLayer`.
+            out_chs: Channels of the input and of all that the layers add.
+        """
+        super().__init__(*layers)
+        self.out_chs = out_chs

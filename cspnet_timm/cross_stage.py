@@ -93,6 +93,7 @@ class CrossStage(ComposedStage):
             bypass: Optional[str] = None,
             hidden_chs: Optional[int] = None,
             transition_chs: Optional[int] = None,
+            merge: bool = True,
             act_layer: ActLayer = nn.SiLU,
             norm_layer: NormLayer = nn.BatchNorm2d,
             device: Optional[Union[torch.device, str]] = None,
@@ -113,6 +114,8 @@ class CrossStage(ComposedStage):
             hidden_chs: Channels behind the partition, both branches together; by default ``out_chs``, and always
                 ``in_chs`` for a split.
             transition_chs: Channels behind the transition of fusion ``'csp'``; by default those that enter the blocks.
+            merge: False leaves the concatenation as it is, for what merges it to stand outside, behind a pool for
+                instance; ``out_chs`` is then its channels.
             act_layer: Activation of the stage's own convolutions.
             norm_layer: Normalisation of the stage's own convolutions.
             device: Where to create the parameters.
@@ -175,6 +178,13 @@ class CrossStage(ComposedStage):
                     f'{bypass_chs} channels bypass them (partial_ratio={partial_ratio}).'
                 )
             transition = ConvNormAct(block_chs, out_chs - bypass_chs, **kwargs)
-        merge = None if fusion == 'last' else ConvNormAct(block_chs + bypass_chs, out_chs, **kwargs)
-        super().__init__(transform, entry=entry, bypass=around, transition=transition, merge=merge)
+        last = None
+        if merge and fusion != 'last':
+            last = ConvNormAct(block_chs + bypass_chs, out_chs, **kwargs)
+        elif fusion != 'last' and out_chs != block_chs + bypass_chs:
+            raise ValueError(
+                f'out_chs={out_chs} cannot be: merge=False leaves {block_chs} channels of the blocks and {bypass_chs} '
+                'that bypass them.'
+            )
+        super().__init__(transform, entry=entry, bypass=around, transition=transition, merge=last)
         self.out_chs = out_chs

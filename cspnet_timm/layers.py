@@ -6,11 +6,12 @@ from typing import Any, Callable, Dict, Optional, Type, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import create_act_layer, get_act_layer, get_norm_layer
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-__all__ = ['ActLayer', 'ChannelSlice', 'ConvNormAct', 'NormLayer', 'bind_norm_layer', 'create_act', 'create_norm',
-           'fold_batch_norm', 'zero_init']
+__all__ = ['ActLayer', 'ChannelSlice', 'ConvNormAct', 'NormLayer', 'PartialShortcut', 'bind_norm_layer', 'create_act',
+           'create_norm', 'fold_batch_norm', 'zero_init']
 
 ActLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
 NormLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
@@ -217,3 +218,39 @@ class ChannelSlice(nn.Module):
     def extra_repr(self) -> str:
         """Show the range in the printed model."""
         return f'{self.start}, {self.stop}'
+
+
+class PartialShortcut(nn.Module):
+    """Adds a block's input to its output, also where the two differ, without a parameter.
+
+    An input of fewer channels is added to the first channels of the output, one of more gives its first; where the
+    block strides, the input is sampled at every stride-th point. That is Darknet's shortcut.
+
+    Paper: `Enriching Variety of Layer-wise Learning Information by Gradient Combination` (partial residual networks),
+    ICCV Workshops 2019
+
+    Output and input of the block ``(B, out_chs, H', W')`` and ``(B, in_chs, H, W)``, with ``H' = ceil(H / stride)``.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, stride: int = 1) -> None:
+        """
+        Args:
+            in_chs: Channels of the block's input.
+            out_chs: Channels of its output.
+            stride: Stride of the block.
+        """
+        super().__init__()
+        self.missing_chs = out_chs - in_chs
+        self.stride = stride
+
+    def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add the block's input ``x`` to its output ``y``."""
+        if self.stride > 1:
+            x = x[:, :, ::self.stride, ::self.stride]
+        if self.missing_chs != 0:
+            x = F.pad(x, (0, 0, 0, 0, 0, self.missing_chs))
+        return y + x
+
+    def extra_repr(self) -> str:
+        """Show what differs in the printed model."""
+        return f'missing_chs={self.missing_chs}, stride={self.stride}'

@@ -4,7 +4,14 @@ from typing import Any, Callable, Dict, Sequence, Tuple, Union
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    model_entrypoint,
+    resolve_pretrained_cfg,
+)
 from timm.models import register_model as timm_register_model
 
 from ..backbone import BackboneCfg, CspBackbone
@@ -103,7 +110,12 @@ def _read_foreign_file(cfg: BackboneCfg, kwargs: Dict[str, Any]) -> None:
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     if not overlay.get('file'):
         return
-    state_dict = read_foreign(overlay['file'], CspBackbone(cfg, device='meta'))
+    num_classes = overlay.get('num_classes', 1000)
+    state_dict = read_foreign(
+        overlay['file'],
+        CspBackbone(cfg, num_classes=num_classes, device='meta'),
+        allow_partial=not kwargs.get('pretrained_strict', True),
+    )
     if state_dict is not None:
         overlay.update(file=None, state_dict=state_dict)
         kwargs['pretrained_cfg_overlay'] = overlay
@@ -124,6 +136,7 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     Raises:
         ValueError: If ``out_indices`` names a level that does not exist.
         CheckpointError: If a foreign file is damaged or holds another network.
+        RuntimeError: If ``pretrained`` and the weights have to be fetched by hand.
         TypeError: If an argument is unknown.
     """
     num_levels = len(cfg.levels)
@@ -131,6 +144,7 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
         kwargs['out_indices'] = _check_out_indices(variant, kwargs['out_indices'], num_levels)
     if pretrained:
         _read_foreign_file(cfg, kwargs)
+        _require_source(variant, kwargs)
     model: Any = build_model_with_cfg(
         CspBackbone,
         variant,
@@ -140,6 +154,8 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
         pretrained_filter_fn=cfg.convert,
         **kwargs,
     )
+    # What was read is loaded: in the config it would be kept in memory, and could not be written as JSON.
+    model.pretrained_cfg.pop('state_dict', None)
     model.pretrained = pretrained and _names_its_weights(kwargs.get('pretrained_cfg_overlay') or {})
     return model
 
@@ -147,3 +163,24 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
 def _names_its_weights(overlay: Dict[str, Any]) -> bool:
     """Whether the pretrained config still says where the weights come from, and not a file of the caller's."""
     return 'license' in overlay or not any(overlay.get(k) for k in ('file', 'url', 'state_dict', 'hf_hub_id'))
+
+
+def _require_source(variant: str, kwargs: Dict[str, Any]) -> None:
+    """Say where weights are to be had that timm cannot download, before it says that there are none.
+
+    Args:
+        variant: Name of the entrypoint.
+        kwargs: What ``timm.create_model`` passes on.
+
+    Raises:
+        RuntimeError: If the config has no source but an ``origin_url``.
+    """
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    if cfg.state_dict or cfg.has_weights or not cfg.origin_url:
+        return
+    name = f'{variant}.{cfg.tag}' if cfg.tag else variant
+    raise RuntimeError(
+        f'The weights of {name} cannot be downloaded automatically. Get the file from {cfg.origin_url} '
+        f'(licence: {cfg.license or "unknown"}) and pass it: timm.create_model({name!r}, pretrained=True, '
+        'pretrained_cfg_overlay=dict(file=\'path/of/the/file\')).'
+    )
