@@ -1,7 +1,7 @@
 """Cross Stage Partial (CSP) backbones for timm.
 
 Installing this package registers its models with timm, and so does importing it: ``timm.list_models('cspnet_*')``.
-The public names below are imported when they are used, since this module runs while torch is being imported.
+This module also runs while torch is being imported (see ``autoload``), and then does nothing of the kind.
 """
 from typing import TYPE_CHECKING, Any, List
 
@@ -41,4 +41,4 @@ def __dir__() -> List[str]:
 
 
 if not autoload.torch_is_importing():
-    autoload.watch()
+    register()

@@ -22,39 +22,32 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Register every model of this package with timm, now.
-
-    Importing the package does this by itself, at once or as soon as timm is imported.
+    """Register every model of this package with timm, now; importing the package does it by itself.
 
     Raises:
         ImportError: If timm, or something that the models need of it, is missing.
     """
     from importlib import import_module
 
+    # timm first, and whole: were it imported from within a module of this package, its hook would import that module
+    # half-made.
+    import_module(_TARGET)
     import_module(f'{_PACKAGE}.families')
 
 
 def install() -> None:
-    """Entry point that torch calls at the end of its own import: arrange for the models to be registered."""
+    """Entry point that torch calls at the end of its own import: have the models registered along with timm's."""
     try:
-        if os.environ.get('CSPNET_TIMM_AUTOLOAD', '1').strip().lower() in ('0', 'false', 'no', 'off'):
-            if not _watching():
-                # torch has imported the package to get here, and the user did not: forget it, so that his own
-                # `import cspnet_timm` still runs it and registers the models.
-                for name in [m for m in sys.modules if m == _PACKAGE or m.startswith(f'{_PACKAGE}.')]:
-                    del sys.modules[name]
-            return
-        watch()
+        disabled = os.environ.get('CSPNET_TIMM_AUTOLOAD', '1').strip().lower() in ('0', 'false', 'no', 'off')
+        if not disabled and f'{_PACKAGE}.families' not in sys.modules and not _watching():
+            sys.meta_path.insert(0, _Finder())
+        if _is_loaded(_PACKAGE):
+            # torch has imported the package to get here, which has registered nothing. Forget it, so that the user's
+            # own import of it runs, and does.
+            for name in [m for m in sys.modules if m == _PACKAGE or m.startswith(f'{_PACKAGE}.')]:
+                del sys.modules[name]
     except Exception as error:  # torch would turn it into a failure of `import torch`
         _warn(error)
-
-
-def watch() -> None:
-    """Register as soon as ``timm.models`` is there: at once if it is, otherwise when it has been imported."""
-    if _is_loaded(_TARGET):
-        register()
-    elif not _watching():
-        sys.meta_path.insert(0, _Finder())
 
 
 def torch_is_importing() -> bool:
@@ -68,8 +61,7 @@ def _is_loaded(name: str) -> bool:
 
 
 def _watching() -> bool:
-    return any(getattr(finder, 'cspnet_timm_hook', False) for finder in sys.meta_path) or (
-        f'{_PACKAGE}.families' in sys.modules)
+    return any(getattr(finder, 'cspnet_timm_hook', False) for finder in sys.meta_path)
 
 
 def _warn(error: BaseException) -> None:

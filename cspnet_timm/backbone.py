@@ -4,6 +4,7 @@ The taps are direct children of the model and have no dots in their names: ``ste
 2, 4, 8, 16 and 32. What breaks in detection and segmentation libraries without that is listed in ``docs/design.md``.
 """
 import functools
+import re
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
@@ -216,14 +217,18 @@ class CspBackbone(nn.Module):
         """
         if coarse:
             return dict(stem=r'^stem', blocks=r'^layer(\d+)')
-        # Whatever stands in a level before its blocks is of their first group, what stands behind of their last.
+        # Whatever stands in a level before its blocks is of their first group, what stands behind of their last; a
+        # second row of blocks counts on from the first.
         ordinals: Dict[str, Tuple[int, int]] = {}
         for i, level in enumerate(self.levels()):
-            block = 0
+            block, first = 0, 0
+            container: Optional[str] = None
             for name, _ in level.named_parameters():
-                parts = name.split('.')
-                if 'blocks' in parts[:-1] and parts[parts.index('blocks') + 1].isdigit():
-                    block = int(parts[parts.index('blocks') + 1])
+                match = re.match(r'(.*?)\bblocks\.(\d+)\.', name)
+                if match:
+                    if match[1] != container:
+                        first, container = 0 if container is None else block + 1, match[1]
+                    block = first + int(match[2])
                 module = f'layer{i}' if i else 'stem'
                 ordinals[f'{module}.{name}'] = (i, block)
 

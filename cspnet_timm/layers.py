@@ -7,11 +7,12 @@ from typing import Any, Callable, Dict, Optional, Type, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import create_act_layer, get_act_layer, get_norm_layer
+from timm.layers import ClassifierHead, create_act_layer, get_act_layer, get_norm_layer
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-__all__ = ['ActLayer', 'ChannelSlice', 'ConvNormAct', 'NormLayer', 'PartialShortcut', 'bind_norm_layer', 'create_act',
-           'create_norm', 'fold_batch_norm', 'zero_init']
+__all__ = ['ActLayer', 'ChannelSlice', 'ConvHead', 'ConvNormAct', 'NormLayer', 'PartialShortcut', 'RepConvNormAct',
+           'SeparableConvNormAct', 'SpatialPyramidPool', 'bind_norm_layer', 'create_act', 'create_norm',
+           'fold_batch_norm', 'zero_init']
 
 ActLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
 NormLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
@@ -188,14 +189,16 @@ def fold_batch_norm(conv: Any, bn: Any) -> nn.Conv2d:
 
 
 def zero_init(layer: nn.Module) -> None:
-    """Set the gamma of a :class:`ConvNormAct` to zero, so that a residual block starts as the identity.
+    """Set the last gamma of a layer of this module to zero, so that a residual block starts as the identity.
 
     Args:
         layer: The layer; one without a norm, or with one that has no gamma, stays as it is.
     """
-    gamma: Any = getattr(getattr(layer, 'bn', None), 'weight', None)
-    if gamma is not None:
-        nn.init.zeros_(gamma)
+    for name in ('', 'pointwise', 'conv3x3', 'conv1x1'):  # of a separable and of a re-parameterisable convolution
+        part = getattr(layer, name, None) if name else layer
+        gamma: Any = getattr(getattr(part, 'bn', None), 'weight', None)
+        if gamma is not None:
+            nn.init.zeros_(gamma)
 
 
 class ChannelSlice(nn.Module):
@@ -254,3 +257,225 @@ class PartialShortcut(nn.Module):
     def extra_repr(self) -> str:
         """Show what differs in the printed model."""
         return f'missing_chs={self.missing_chs}, stride={self.stride}'
+
+
+class SeparableConvNormAct(nn.Sequential):
+    """A depthwise k×k and a pointwise 1×1 convolution, each with its own normalisation and activation.
+
+    Input ``(B, in_chs, H, W)``, output ``(B, out_chs, H', W')`` with ``H' = ceil(H / stride)``.
+
+    Paper: `MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications`,
+    https://arxiv.org/abs/1704.04861
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            kernel_size: int = 3,
+            stride: int = 1,
+            dilation: int = 1,
+            drop_layer: Optional[Callable[[], nn.Module]] = None,
+            **layer_kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Side of the depthwise kernel.
+            stride: Stride of the depthwise convolution.
+            dilation: Spacing of the depthwise kernel's points.
+            drop_layer: Creates what drops parts of the map behind the last normalisation.
+            **layer_kwargs: ``act_layer``, ``norm_layer``, ``device`` and ``dtype`` of both :class:`ConvNormAct`.
+        """
+        super().__init__(OrderedDict(
+            depthwise=ConvNormAct(
+                in_chs, in_chs, kernel_size, stride=stride, dilation=dilation, groups=in_chs, **layer_kwargs),
+            pointwise=ConvNormAct(in_chs, out_chs, 1, drop_layer=drop_layer, **layer_kwargs),
+        ))
+
+
+class RepConvNormAct(nn.Module):
+    """A 3×3 and a 1×1 convolution side by side in training, one 3×3 convolution after :meth:`fuse`.
+
+    ``act(bn(conv3x3(x)) + alpha · bn(conv1x1(x)))``, without an identity branch.
+
+    Papers: `RepVGG: Making VGG-style ConvNets Great Again`, https://arxiv.org/abs/2101.03697, and, for alpha, the
+    PP-YOLOE+ release of `PP-YOLOE: An evolved version of YOLO`, https://arxiv.org/abs/2203.16250
+
+    Input ``(B, in_chs, H, W)``, output ``(B, out_chs, H', W')`` with ``H' = ceil(H / stride)``.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            kernel_size: int = 3,
+            stride: int = 1,
+            dilation: int = 1,
+            alpha: bool = False,
+            act_layer: ActLayer = nn.SiLU,
+            norm_layer: NormLayer = nn.BatchNorm2d,
+            drop_layer: Optional[Callable[[], nn.Module]] = None,
+            device: Optional[Union[torch.device, str]] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: 3.
+            stride: Stride of both convolutions.
+            dilation: Dilation of the 3×3 convolution.
+            alpha: Learn the weight of the 1×1 branch.
+            act_layer: Activation behind the sum, none if None.
+            norm_layer: Normalisation of each branch.
+            drop_layer: Creates what drops parts of the map between the sum and the activation.
+            device: Where to create the parameters.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: If the kernel is not 3×3.
+        """
+        super().__init__()
+        if kernel_size != 3:
+            raise ValueError(f'kernel_size={kernel_size} cannot be: the branches are 3×3 and 1×1.')
+        kwargs: Dict[str, Any] = dict(
+            stride=stride, act_layer=None, norm_layer=norm_layer, device=device, dtype=dtype)
+        self.conv3x3 = ConvNormAct(in_chs, out_chs, 3, dilation=dilation, **kwargs)
+        self.conv1x1 = ConvNormAct(in_chs, out_chs, 1, **kwargs)
+        self.alpha = nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if alpha else None
+        self.drop = drop_layer() if drop_layer is not None else nn.Identity()
+        self.act = create_act(act_layer) if act_layer is not None else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform ``(B, in_chs, H, W)``."""
+        y = self.conv1x1(x)
+        if self.alpha is not None:
+            y = y * self.alpha
+        return self.act(self.drop(self.conv3x3(x) + y))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Fold both branches, their batch norms and alpha into one 3×3 convolution, whichever mode the module is in.
+
+        timm's ``reparameterize_model`` calls this.
+
+        Returns:
+            An ``nn.Sequential`` of the convolution and the activation, or this module if its norms cannot be folded.
+        """
+        bn3x3, bn1x1 = getattr(self.conv3x3, 'bn', None), getattr(self.conv1x1, 'bn', None)
+        if any(getattr(bn, 'running_mean', None) is None for bn in (bn3x3, bn1x1)):
+            return self
+        fused = fold_batch_norm(self.conv3x3.conv, bn3x3)
+        point = fold_batch_norm(self.conv1x1.conv, bn1x1)
+        with torch.no_grad():
+            alpha: Any = 1. if self.alpha is None else self.alpha
+            fused.weight += nn.functional.pad(point.weight * alpha, (1, 1, 1, 1))
+            fused.bias += point.bias * alpha
+        return nn.Sequential(OrderedDict(conv=fused, drop=self.drop, act=self.act)).train(self.training)
+
+
+class SpatialPyramidPool(nn.Module):
+    """Max pools of 5×5, 9×9 and 13×13 between two 1×1 convolutions, as the detectors end their backbones (SPP, SPPF).
+
+    Three 5×5 pools in a row give exactly the maxima of the three sizes, for less.
+
+    Paper: `Spatial Pyramid Pooling in Deep Convolutional Networks for Visual Recognition`,
+    https://arxiv.org/abs/1406.4729, in the form of `YOLOv3`'s successors.
+
+    Input ``(B, in_chs, H, W)``, output ``(B, out_chs, H, W)``.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            shortcut: bool = False,
+            act_layer: ActLayer = nn.SiLU,
+            entry_act_layer: ActLayer = None,
+            **layer_kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels; half as many are pooled.
+            out_chs: Output channels, equal to ``in_chs`` if there is a shortcut.
+            shortcut: Add the input.
+            act_layer: Activation of the last convolution.
+            entry_act_layer: Activation of the first one, none if None.
+            **layer_kwargs: ``norm_layer``, ``device`` and ``dtype`` of both :class:`ConvNormAct`.
+        """
+        super().__init__()
+        self.conv1 = ConvNormAct(in_chs, in_chs // 2, act_layer=entry_act_layer, **layer_kwargs)
+        self.pool = nn.MaxPool2d(5, stride=1, padding=2)
+        self.conv2 = ConvNormAct(in_chs // 2 * 4, out_chs, act_layer=act_layer, **layer_kwargs)
+        self.shortcut = shortcut and in_chs == out_chs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform ``(B, in_chs, H, W)``."""
+        y = self.conv1(x)
+        y5 = self.pool(y)
+        y9 = self.pool(y5)
+        y = self.conv2(torch.cat([y, y5, y9, self.pool(y9)], dim=1))
+        return y + x if self.shortcut else y
+
+
+class ConvHead(ClassifierHead):
+    """timm's classifier head behind a 1×1 convolution, as the classifying forms of the YOLO networks have it.
+
+    Input ``(B, in_features, H, W)``, output ``(B, num_classes)``; the convolution stays if the classifier goes.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            pool_type: str = 'avg',
+            drop_rate: float = 0.,
+            hidden_size: int = 1280,
+            act_layer: ActLayer = nn.SiLU,
+            norm_layer: NormLayer = nn.BatchNorm2d,
+            device: Optional[Union[torch.device, str]] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        """
+        Args:
+            in_features: Channels of the input.
+            num_classes: Classes, 0 for the pooled features.
+            pool_type: timm's pooling name, ``''`` for none.
+            drop_rate: Dropout before the classifier.
+            hidden_size: Channels behind the convolution.
+            act_layer: Activation of the convolution.
+            norm_layer: Normalisation of the convolution.
+            device: Where to create the parameters.
+            dtype: Type of the parameters.
+        """
+        super().__init__(hidden_size, num_classes, pool_type, drop_rate, device=device, dtype=dtype)
+        self.conv = ConvNormAct(
+            in_features, hidden_size, act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+
+    def reset(
+            self,
+            num_classes: int,
+            pool_type: Optional[str] = None,
+            reset_other: bool = False,
+            in_features: Optional[int] = None,
+            device: Optional[Union[torch.device, str]] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        """Replace the classifier, and never the convolution.
+
+        Args:
+            num_classes: New number of classes, 0 for none.
+            pool_type: New pooling; None keeps the one there is.
+            reset_other: Without effect.
+            in_features: Without effect, the convolution stays.
+            device: Where to create the classifier, by default where the head is.
+            dtype: Type of the classifier's parameters, by default the head's.
+        """
+        super().reset(num_classes, pool_type, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Classify ``(B, in_features, H, W)``."""
+        x = self.drop(self.global_pool(self.conv(x)))
+        return x if pre_logits else self.fc(x)

@@ -1,4 +1,8 @@
-"""The parity fixtures: what reference implementations computed from weights that follow from their keys."""
+"""Outputs of the reference implementations, and the rule that makes the weights they were computed with.
+
+A file in ``tests/parity`` holds the reference's maps and, in its metadata, the names and shapes of its parameters; the
+values follow from the names.
+"""
 import json
 import zlib
 from pathlib import Path
@@ -7,37 +11,37 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-FIXTURES = Path(__file__).parent / 'parity'
+FOLDER = Path(__file__).with_name('parity')
+
+
+def _value(key, shape):
+    rs = np.random.RandomState(zlib.crc32(key.encode()))
+    if key.endswith('num_batches_tracked'):
+        return np.zeros(shape, dtype=np.int64)
+    if key.endswith(('running_var', '_variance')):
+        value = 0.5 + rs.random_sample(shape)
+    elif key.endswith(('running_mean', '_mean')):
+        value = 0.2 * rs.standard_normal(shape)
+    elif len(shape) >= 2:
+        value = rs.standard_normal(shape) * np.sqrt(1.6 / np.prod(shape[1:]))
+    elif key.endswith('alpha'):
+        value = 0.25 + rs.random_sample(shape)
+    elif key.endswith('weight'):
+        value = 0.6 + 0.8 * rs.random_sample(shape)
+    else:
+        value = 0.2 * rs.standard_normal(shape)
+    return np.asarray(value, dtype=np.float32)
 
 
 def fill(keys):
-    """Weights by key and shape, the same on every machine."""
-    state_dict = {}
-    for key, shape in keys.items():
-        rs = np.random.RandomState(zlib.crc32(key.encode()))
-        if 'num_batches_tracked' in key:
-            state_dict[key] = torch.zeros(shape, dtype=torch.long)
-            continue
-        if key.endswith(('running_var', '_variance')):
-            value = 0.5 + rs.random_sample(shape)
-        elif key.endswith(('running_mean', '_mean')):
-            value = 0.2 * rs.standard_normal(shape)
-        elif len(shape) >= 2:
-            value = rs.standard_normal(shape) * np.sqrt(1.6 / np.prod(shape[1:]))
-        elif key.endswith('alpha'):
-            value = 0.25 + rs.random_sample(shape)
-        elif key.endswith('weight'):
-            value = 0.6 + 0.8 * rs.random_sample(shape)
-        else:
-            value = 0.2 * rs.standard_normal(shape)
-        state_dict[key] = torch.from_numpy(np.asarray(value)).float()
-    return state_dict
+    """The state dict of a reference network: {name: shape} in, {name: tensor} out, in the same order."""
+    return {key: torch.from_numpy(_value(key, shape)) for key, shape in keys.items()}
 
 
 def load_fixture(name):
-    """A fixture's info, state dict under the reference's keys, input, and outputs."""
-    with safe_open(FIXTURES / f'{name}.safetensors', 'pt') as file:
+    """What is known of a reference network, its state dict, the input, and its maps by name."""
+    with safe_open(FOLDER / f'{name}.safetensors', 'pt') as file:
         info = json.loads(file.metadata()['info'])
         outputs = {key: file.get_tensor(key) for key in file.keys()}
-    rs = np.random.RandomState(zlib.crc32(b'input'))
-    return info, fill(info['keys']), torch.from_numpy(rs.standard_normal(info['input'])).float(), outputs
+    x = np.random.RandomState(zlib.crc32(b'input')).standard_normal(info['input'])
+    return info, fill(info['keys']), torch.from_numpy(x.astype(np.float32)), outputs

@@ -1,11 +1,16 @@
 """What every family's file calls: build a variant, describe its weights, register it."""
+import hashlib
+import re
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Sequence, Tuple, Union
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from urllib.parse import urlparse
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg,
+    _hub,
     build_model_with_cfg,
     generate_default_cfgs,
     is_model,
@@ -71,8 +76,6 @@ def describe_weights(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
         info = cfg.pop('info', None)
         if info is not None:
             WEIGHTS[name.rstrip('*')] = WeightsInfo(license=cfg['license'], **info)
-        else:
-            cfg.pop('license', None)  # there are no weights that it could be the licence of
         plain[name] = cfg
     return generate_default_cfgs(plain)
 
@@ -102,19 +105,39 @@ def _check_out_indices(variant: str, out_indices: Union[int, Sequence[int]], num
     return tuple(sorted(absolute))
 
 
-def _read_foreign_file(cfg: BackboneCfg, kwargs: Dict[str, Any]) -> None:
-    """Hand timm the state dict of a file that it cannot read itself, in place of the file.
+def _download(url: str, cache_dir: Optional[Union[str, Path]]) -> str:
+    """timm's download into its cache, and a check of the hash also where a date follows it in the file's name."""
+    cached = Path(cache_dir or _hub.get_cache_dir(), Path(urlparse(url).path).name)
+    is_new = not cached.exists()
+    path = _hub.download_cached_file(url, check_hash=True, cache_dir=cache_dir)
+    match = re.search(r'-([0-9a-f]{8})_\d{8}\.', cached.name)
+    if match and is_new and not hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(match[1]):
+        Path(path).unlink()
+        raise RuntimeError(f'{url}: the file received does not have the hash {match[1]} of its name, and was removed.')
+    return path
+
+
+def _read_foreign_file(variant: str, cfg: BackboneCfg, kwargs: Dict[str, Any]) -> None:
+    """Hand timm the state dict of a file that it cannot read itself, in place of the file or its URL.
 
     timm clears ``custom_load`` when an overlay names a file, so that a model's own loader is never asked.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
-    if not overlay.get('file'):
+    weights = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    file = weights.file
+    if weights.source or weights.state_dict:
         return
-    num_classes = overlay.get('num_classes', 1000)
+    if not file and isinstance(weights.url, str) and not weights.hf_hub_id:
+        file = _download(weights.url, kwargs.get('cache_dir'))
+    if not file:
+        return
+    # A file that says which activations and batch norms it was trained with is held against those asked for.
+    layers = {k: kwargs[k] for k in ('act_layer', 'norm_layer', 'bn_eps') if kwargs.get(k) is not None}
     state_dict = read_foreign(
-        overlay['file'],
-        CspBackbone(cfg, num_classes=num_classes, device='meta'),
+        file,
+        CspBackbone(cfg, num_classes=overlay.get('num_classes', 1000), device='meta', **layers),
         allow_partial=not kwargs.get('pretrained_strict', True),
+        convert=cfg.convert,
     )
     if state_dict is not None:
         overlay.update(file=None, state_dict=state_dict)
@@ -142,8 +165,9 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     num_levels = len(cfg.levels)
     if kwargs.get('features_only') and kwargs.get('out_indices') is not None:
         kwargs['out_indices'] = _check_out_indices(variant, kwargs['out_indices'], num_levels)
+    named = pretrained and _names_its_weights(kwargs.get('pretrained_cfg_overlay') or {})
     if pretrained:
-        _read_foreign_file(cfg, kwargs)
+        _read_foreign_file(variant, cfg, kwargs)
         _require_source(variant, kwargs)
     model: Any = build_model_with_cfg(
         CspBackbone,
@@ -156,13 +180,8 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     )
     # What was read is loaded: in the config it would be kept in memory, and could not be written as JSON.
     model.pretrained_cfg.pop('state_dict', None)
-    model.pretrained = pretrained and _names_its_weights(kwargs.get('pretrained_cfg_overlay') or {})
+    model.pretrained = named
     return model
-
-
-def _names_its_weights(overlay: Dict[str, Any]) -> bool:
-    """Whether the pretrained config still says where the weights come from, and not a file of the caller's."""
-    return 'license' in overlay or not any(overlay.get(k) for k in ('file', 'url', 'state_dict', 'hf_hub_id'))
 
 
 def _require_source(variant: str, kwargs: Dict[str, Any]) -> None:
@@ -184,3 +203,8 @@ def _require_source(variant: str, kwargs: Dict[str, Any]) -> None:
         f'(licence: {cfg.license or "unknown"}) and pass it: timm.create_model({name!r}, pretrained=True, '
         'pretrained_cfg_overlay=dict(file=\'path/of/the/file\')).'
     )
+
+
+def _names_its_weights(overlay: Dict[str, Any]) -> bool:
+    """Whether the pretrained config still says where the weights come from, and not a file of the caller's."""
+    return 'license' in overlay or not any(overlay.get(k) for k in ('file', 'url', 'state_dict', 'hf_hub_id'))

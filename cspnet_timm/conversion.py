@@ -1,0 +1,438 @@
+"""Checkpoint files of other frameworks into folders that ``timm.create_model('local-dir:…')`` loads.
+
+:func:`convert` and :func:`inspect` are what the commands of the same names do. Both recognise the file's kind and its
+network by themselves, and neither runs anything that is in the file.
+"""
+import argparse
+import hashlib
+import re
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
+
+from . import hub
+from .backbone import CspBackbone, StateDict
+from .checkpoints import Checkpoint, CheckpointError, check_modules, open_checkpoint
+from .checkpoints.darknet import NETWORKS
+from .families._builder import WEIGHTS
+from .families._recognise import candidates
+
+__all__ = ['Conversion', 'add_convert_parser', 'add_inspect_parser', 'convert', 'inspect']
+
+_PREFIX = 'cspnet_'
+_CHUNK = 1 << 20
+_SIDE = 64  # of the fixed input, for networks whose config names none that is smaller
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert` has done.
+
+    Attributes:
+        model: Name of the model, with the tag whose preprocessing it has been given.
+        directory: The folder.
+        found: What the file held, in a line.
+        sha256: The file's hash.
+        license: Licence that the model card states.
+        distance: Largest relative distance between the outputs of what was converted and of what was loaded again.
+        url: Where it was pushed to, '' if it was not.
+    """
+
+    model: str
+    directory: Path
+    found: str
+    sha256: str
+    license: str
+    distance: float
+    url: str = ''
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The model that a file is for."""
+
+    name: str
+    num_classes: Optional[int] = None  # None for as many as the architecture has by itself
+    in_chans: int = 3
+
+
+# Recognition
+
+
+class _Converted(Exception):
+    """Ends loading once the model's own hook has run."""
+
+
+def _convert(state_dict: StateDict, model: Any) -> StateDict:
+    """What the model's own hook, where its family's ``convert`` is, makes of a state dict; nothing is loaded."""
+    converted: StateDict = {}
+
+    def stop(module: Any, own: StateDict, *_: Any) -> None:
+        converted.update(own)
+        raise _Converted
+
+    handle = model.register_load_state_dict_pre_hook(stop)
+    try:
+        model.load_state_dict(dict(state_dict))
+    except _Converted:
+        pass
+    finally:
+        handle.remove()
+    return converted
+
+
+def _fits(name: str, checkpoint: Checkpoint) -> Optional[_Target]:
+    """Compare names and shapes, but for what the user's own classes and input channels decide."""
+    model = timm.create_model(name, num_classes=checkpoint.num_classes or 1000, device='meta')
+    try:
+        converted = _convert(checkpoint.meta_state_dict(), model)
+    except CheckpointError:
+        return None
+    own = {k: v for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
+    fc = [converted[k] for k in converted if k.startswith('head.fc.')]
+    first = next((k for k, v in own.items() if k.startswith('stem.') and v.ndim == 4), '')
+    for key, value in own.items():
+        given = converted.get(key)
+        if key.startswith('head.fc.') and (given is None or given.shape[1:] == value.shape[1:]):
+            continue
+        if key == first and given is not None and given[:, :1].shape == value[:, :1].shape:
+            continue
+        if given is None or given.shape != value.shape:
+            return None
+    in_chans = converted[first].shape[1] if first else 3
+    if converted[first].shape[1] != own[first].shape[1] and own[first].shape[1] != 3:
+        return None
+    return _Target(name, fc[0].shape[0] if fc else 0, in_chans)
+
+
+def _find_models(checkpoint: Checkpoint) -> List[str]:
+    """Every model of the package that a file's tensors and modules fit."""
+    names = candidates(checkpoint.meta_state_dict())
+    if not names:  # under other names than the detectors'
+        names = [name for name in timm.list_models(f'{_PREFIX}*') if _fits(name, checkpoint) is not None]
+    if checkpoint.modules:
+        names = [name for name in names if _same_modules(name, checkpoint)] or names
+    return names
+
+
+def _same_modules(name: str, checkpoint: Checkpoint) -> bool:
+    try:
+        check_modules(checkpoint, timm.create_model(name, device='meta'), _convert)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _darknet_models(path: Path) -> List[str]:
+    """The networks that as many numbers make as a Darknet file has; it says nothing else of them."""
+    size = path.stat().st_size
+    names = []
+    for name, build in NETWORKS.items():
+        tensors = build(device='meta').state_dict()
+        numbers = sum(v.numel() for k, v in tensors.items() if not k.endswith('num_batches_tracked'))
+        if size - 4 * numbers in (16, 20):
+            names.append(name)
+    return names
+
+
+def _choose(path: Path, names: List[str], found: str) -> str:
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise CheckpointError(
+            f'{path}: its tensors are those of {" and ".join(names)}, which compute different things, and the file '
+            'does not say which it is: choose one with --model.'
+        )
+    raise CheckpointError(
+        f'{path}: is a {found}, but of no network of this package (`cspnet-timm list`); --model tells what is missing.')
+
+
+def _check_name(name: str) -> str:
+    architecture, _ = split_model_name_tag(name)
+    if not is_model(architecture) or not architecture.startswith(_PREFIX):
+        raise ValueError(f'--model {name}: is no model of this package; `cspnet-timm list` lists them.')
+    if name != architecture and name not in get_arch_pretrained_cfgs(architecture):
+        tags = ', '.join(get_arch_pretrained_cfgs(architecture))
+        raise ValueError(f'--model {name}: has no such tag, choose one of {tags}.')
+    return name
+
+
+def _choose_tag(name: str, path: Path, num_classes: Optional[int]) -> str:
+    """The set of weights whose preprocessing the file most likely has.
+
+    That is the one that is published under the file's name; else the first with a classifier, if the file has one,
+    or without, if it has none.
+    """
+    architecture, tag = split_model_name_tag(name)
+    if tag:
+        return name
+    cfgs = get_arch_pretrained_cfgs(architecture)
+    for full, cfg in cfgs.items():
+        if path.name in ((cfg.url or '').rpartition('/')[2], (cfg.origin_url or '').rpartition('/')[2]):
+            return full
+    if num_classes is not None:
+        for full, cfg in cfgs.items():
+            if bool(cfg.num_classes) == bool(num_classes):
+                return full
+    return next(iter(cfgs), architecture)
+
+
+# Conversion
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while part := file.read(_CHUNK):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _license(name: str, given: Optional[str], implied: str, path: Path) -> str:
+    if given or implied:
+        return given or implied
+    architecture, _ = split_model_name_tag(name)
+    known = {info.license for key, info in WEIGHTS.items() if key.startswith(f'{architecture}.')}
+    if len(known) == 1:
+        return known.pop()
+    why = 'have several licences' if known else 'do not exist'
+    raise ValueError(
+        f'{path}: does not say under which licence its weights are, and released ones of {architecture} {why}: pass '
+        '--license with its name on the Hub, e.g. apache-2.0 or other.'
+    )
+
+
+def _published(name: str, path: Path, sha256: str) -> Dict[str, str]:
+    """What is known of the weights, if the file is one that was released: its name carries the hash."""
+    cfg = get_arch_pretrained_cfgs(split_model_name_tag(name)[0]).get(name)
+    info = WEIGHTS.get(name)
+    if cfg is None or info is None or path.name not in ((cfg.url or cfg.origin_url or '').rpartition('/')[2],):
+        return {}
+    match = re.search(r'[-_]([0-9a-f]{8})(?=[._])', path.name)
+    if match is None or not sha256.startswith(match[1]):
+        return {}
+    return {'data': info.data, 'source': info.source}
+
+
+def _create(path: Path, name: str, target: _Target) -> CspBackbone:
+    overlay: Dict[str, Any] = {'file': str(path)}
+    kwargs: Dict[str, Any] = {}
+    if target.num_classes is not None:
+        overlay['num_classes'] = kwargs['num_classes'] = target.num_classes
+    if target.in_chans != 3:
+        # The first convolution is as the file has it, and not to be adapted from three channels.
+        overlay['first_conv'], kwargs['in_chans'] = None, target.in_chans
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    except CheckpointError as error:
+        message = str(error)
+        raise error if message.startswith(str(path)) else CheckpointError(f'{path}: {message}') from error
+    except RuntimeError as error:
+        raise CheckpointError(f'{path}: does not fit {name} ({" ".join(str(error).split())[:500]}).') from error
+    return model.eval()  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _outputs(model: CspBackbone) -> List[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, model.in_chans, _SIDE, _SIDE + 32, generator=generator)
+    features, maps = model.forward_intermediates(x)
+    return [*maps, model.forward_head(features)]
+
+
+def _distance(model: CspBackbone, directory: Path) -> float:
+    """Load what was written as its users will, and compare."""
+    loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
+    distance = 0.
+    for a, b in zip(_outputs(loaded), _outputs(model)):  # type: ignore[arg-type]
+        if not bool(torch.isfinite(b).all()):
+            raise CheckpointError('the converted network gives NaN or infinite numbers: its weights are damaged.')
+        distance = max(distance, ((a - b).norm() / b.norm().clamp(min=1e-12)).item())
+    return distance
+
+
+def convert(
+        path: Union[str, Path],
+        directory: Union[str, Path],
+        model: Optional[str] = None,
+        license: Optional[str] = None,
+        num_classes: Optional[int] = None,
+        repo_id: Optional[str] = None,
+) -> Conversion:
+    """Convert a checkpoint file to a folder with ``model.safetensors``, ``config.json`` and a model card.
+
+    The folder appears complete or not at all: it is written beside its place, loaded from there by timm, compared with
+    what was converted, and only then renamed.
+
+    Args:
+        path: The file, of any kind that the package reads.
+        directory: The folder, which must not exist or be empty.
+        model: Name of the model, with a tag or without; found out by itself if None.
+        license: Licence of the weights, by its name on the Hub; by default what the file's framework implies, else
+            that of the network's released weights.
+        num_classes: Number of classes, for files that do not tell.
+        repo_id: Push to this repository of the Hub as well, ``'user/name'``.
+
+    Returns:
+        What has been done.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, of another network, or its network cannot be told.
+        FileExistsError: If the folder is there and not empty.
+        ValueError: If the model does not exist, or no licence is known.
+    """
+    path, directory = Path(path).expanduser(), Path(directory).expanduser().resolve()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f'{directory}: is there and not empty; a model is converted to a new folder.')
+    if model is not None:
+        _check_name(model)
+    checkpoint = open_checkpoint(path)
+    labels: Tuple[str, ...] = ()
+    if checkpoint is None:
+        found, implied = 'Darknet weights file', ''
+        target = _Target(model or _choose(path, _darknet_models(path), found), num_classes)
+    else:
+        with checkpoint:
+            found, implied, labels = checkpoint.summary(), checkpoint.license, checkpoint.labels
+            name = model or _choose(path, _find_models(checkpoint), found)
+            fit = _fits(split_model_name_tag(name)[0], checkpoint) or _Target(name, num_classes)
+            target = _Target(name, fit.num_classes if num_classes is None else num_classes, fit.in_chans)
+    name = _choose_tag(target.name, path, target.num_classes)
+    sha256 = _sha256(path)
+    license = _license(name, license, implied, path)
+    converted = _create(path, name, target)
+    published = _published(name, path, sha256)
+    origin = f'`{path.name}` ({found}; sha256 `{sha256}`), converted by `cspnet-timm convert`'
+    card: Dict[str, Any] = dict(
+        license=license,
+        source=f'{published["source"]}: {origin}' if published else origin,
+        data=published.get('data'),
+        label_names=list(labels) if labels and len(labels) == converted.num_classes else None,
+    )
+
+    temporary = directory.with_name(f'.{directory.name}.{uuid.uuid4().hex[:8]}')
+    try:
+        hub.save(converted, temporary, **card)
+        distance = _distance(converted, temporary)
+        if not distance <= _TOLERANCE:
+            raise CheckpointError(
+                f'{path}: what was written computes something else than what was converted, by {distance:.1e}.')
+        if directory.is_dir():
+            directory.rmdir()  # empty; not every system renames onto it
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    url = ''
+    if repo_id is not None:
+        url = str(hub.push(converted, repo_id, **card).commit_url)
+    return Conversion(name, directory, found, sha256, license, distance, url)
+
+
+def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:
+    """Say what a checkpoint file holds, without loading any of it into a model.
+
+    Args:
+        path: The file.
+        tensors: Add a line for every tensor.
+
+    Returns:
+        Lines of the form ``'name: value'``.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or of no kind that is known.
+    """
+    path = Path(path).expanduser()
+    checkpoint = open_checkpoint(path)
+    if checkpoint is None:
+        names = _darknet_models(path)
+        return [
+            'container: Darknet weights file',
+            f'numbers: {(path.stat().st_size - 16) // 4:,} and the header',
+            f'model: {_listed(names)}',
+        ]
+    with checkpoint:
+        lines = checkpoint.lines()
+        lines.append(f'model: {_listed(_find_models(checkpoint))}')
+        if tensors:
+            lines += [
+                f'{name}: {"x".join(map(str, info.shape)) or "scalar"} {str(info.dtype).partition(".")[2]}'
+                for name, info in checkpoint.tensors.items()
+            ]
+    return lines
+
+
+def _listed(names: List[str]) -> str:
+    return ' or '.join(names) or 'none of this package'
+
+
+# Command line
+
+
+def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command ``convert``.
+
+    Args:
+        subparsers: What ``ArgumentParser.add_subparsers`` returned.
+
+    Returns:
+        The command's parser, whose default ``run`` is to be called with the arguments.
+    """
+    parser = subparsers.add_parser(
+        'convert', help='convert a checkpoint file for timm',
+        description='Convert a checkpoint file of another framework to a folder that timm.create_model loads by '
+                    '"local-dir:DIR". The file\'s kind and its network are recognised; nothing in it is executed.')
+    parser.add_argument('file', metavar='FILE', help='.pth, .pt, .pdparams, .weights, .safetensors, …')
+    parser.add_argument('--out', metavar='DIR', required=True, help='new folder')
+    parser.add_argument('--model', metavar='NAME', help='name of the model, if it cannot be recognised')
+    parser.add_argument('--license', metavar='NAME', help='licence of the weights, by its name on the Hub')
+    parser.add_argument('--num-classes', metavar='N', type=int, help='number of classes, if the file does not tell')
+    parser.add_argument('--push-to-hub', metavar='USER/REPO', help='push it to the Hugging Face Hub as well')
+    return _with_run(parser, _run_convert)
+
+
+def add_inspect_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command ``inspect``.
+
+    Args:
+        subparsers: What ``ArgumentParser.add_subparsers`` returned.
+
+    Returns:
+        The command's parser, whose default ``run`` is to be called with the arguments.
+    """
+    parser = subparsers.add_parser(
+        'inspect', help='say what a checkpoint file holds',
+        description='Say what a checkpoint file holds, without executing or loading any of it.')
+    parser.add_argument('file', metavar='FILE', help='.pth, .pt, .pdparams, .weights, .safetensors, …')
+    parser.add_argument('--tensors', action='store_true', help='list every tensor')
+    return _with_run(parser, _run_inspect)
+
+
+def _with_run(
+        parser: argparse.ArgumentParser,
+        run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _run_convert(args: argparse.Namespace) -> int:
+    done = convert(args.file, args.out, args.model, args.license, args.num_classes, args.push_to_hub)
+    print(f'{args.file}: {done.found}')
+    print(f'{done.model}, licence {done.license}: loaded again and compared, relative distance {done.distance:.1e}')
+    print(f'{done.directory}: timm.create_model(\'local-dir:{done.directory}\', pretrained=True)')
+    if done.url:
+        print(done.url)
+    return 0
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    for line in inspect(args.file, args.tensors):
+        print(line)
+    return 0

@@ -1,0 +1,210 @@
+"""What the YOLOv5, YOLOv8, YOLO11 and YOLO26 backbones share: stem and level, key names, licence of the weights.
+
+The networks are built from their published structure. Their authors' code and weights are under AGPL-3.0: none of
+either is here, and weights are read from a file that the user brings.
+"""
+import functools
+import math
+import re
+from collections import OrderedDict
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..backbone import Level, LevelArgs, StateDict
+from ..layers import ConvNormAct
+from ._builder import IN1K, default_cfg
+from ._recognise import Naming, rename_keys, roll_channels
+
+__all__ = ['NAMING', 'classifier_cfg', 'detector_cfg', 'scale_width', 'yolo_level', 'yolo_stem']
+
+LICENSE = 'agpl-3.0'
+
+
+def scale_width(chs: int, width: float, max_chs: Optional[int] = None) -> int:
+    """Channels of a scaled network: at most ``max_chs`` before scaling, a multiple of 8 after it."""
+    return math.ceil(min(chs, max_chs or chs) * width / 8) * 8
+
+
+def _stem(in_chans: int, args: LevelArgs, out_chs: int, kernel_size: int) -> nn.Module:
+    return ConvNormAct(
+        in_chans, out_chs, kernel_size, stride=args.stride, padding=(kernel_size - 1) // 2, **args.layers)
+
+
+def yolo_stem(out_chs: int, kernel_size: int) -> Level:
+    """The level ``stem``: one convolution of stride 2."""
+    return Level(functools.partial(_stem, out_chs=out_chs, kernel_size=kernel_size), out_chs)
+
+
+def yolo_level(
+        in_chs: int,
+        args: LevelArgs,
+        down_chs: int,
+        parts: Dict[str, Callable[[int, LevelArgs], nn.Module]],
+) -> nn.Module:
+    """A 3×3 convolution of stride 2, and what follows it.
+
+    Args:
+        in_chs: Channels of the input.
+        args: What the backbone says of the level.
+        down_chs: Channels behind the convolution.
+        parts: What follows by name, each called with ``down_chs`` and the level's arguments.
+
+    Returns:
+        The modules in a row.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        down=ConvNormAct(in_chs, down_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers))
+    for name, build in parts.items():
+        layers[name] = build(down_chs, args)
+    return nn.Sequential(layers)
+
+
+def _under(state_dict: StateDict, prefix: str) -> StateDict:
+    return {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+def _split(own: StateDict) -> Tuple[StateDict, int]:
+    """Part the convolution ``cv1`` of both branches into ``bypass`` and ``entry``; also returns a branch's channels."""
+    out, chs = {}, 0
+    for key, value in _under(own, 'cv1.').items():
+        if value.ndim:
+            out[f'bypass.{key}'], out[f'entry.{key}'] = value.chunk(2)
+            chs = value.shape[0] // 2
+        else:  # num_batches_tracked
+            out[f'bypass.{key}'] = out[f'entry.{key}'] = value
+    return out, chs
+
+
+def _cross_stage(own: StateDict) -> StateDict:
+    if any(k.startswith('cv3.') for k in own):  # C3: one convolution per branch, in this package's order
+        out = {f'entry.{k}': v for k, v in _under(own, 'cv1.').items()}
+        out.update({f'bypass.{k}': v for k, v in _under(own, 'cv2.').items()})
+        out.update({f'merge.{k}': v for k, v in _under(own, 'cv3.').items()})
+        blocks = 'blocks'
+    else:  # C2f and its like: one convolution of both branches, and every block's output collected
+        out, chs = _split(own)
+        out.update({f'merge.{k}': v for k, v in _under(own, 'cv2.').items()})
+        roll_channels(out, 'merge.conv.weight', (1,), chs)
+        blocks = 'blocks.blocks'
+    for index in sorted({k.split('.')[1] for k in own if k.startswith('m.')}):
+        block = _under(own, f'm.{index}.')
+        if any(k.startswith('cv3.') for k in block):
+            block = _cross_stage(block)
+        else:
+            block = {re.sub(r'^cv([12])\.', r'conv\1.', k): v for k, v in block.items()}
+        out.update({f'{blocks}.{index}.{k}': v for k, v in block.items()})
+    return out
+
+
+def _attention(own: StateDict) -> StateDict:
+    out, chs = _split(own)
+    out.update({f'merge.{k}': v for k, v in _under(own, 'cv2.').items()})
+    roll_channels(out, 'merge.conv.weight', (1,), chs)
+    blocks = rename_keys(_under(own, 'm.'), (
+        (r'^(\d+)\.attn\.pe\.', r'\1.pos.'),
+        (r'^(\d+)\.attn\.', r'\1.'),
+        (r'^(\d+)\.ffn\.', r'\1.mlp.'),
+    ))
+    out.update({f'blocks.{k}': v for k, v in blocks.items()})
+    return out
+
+
+def _rename(own: StateDict, whole: StateDict) -> StateDict:
+    """Map a numbered list of layers, as these networks' files have it, to levels.
+
+    Layer 0 is the stem, 1 to 8 are in turn downsampling and cross stage; behind them come, as far as a network has
+    them, SPP, attention and the classifier. Everything further belongs to neck and head.
+
+    Args:
+        own: Tensors by ``<layer>.<name>``.
+        whole: Not looked at.
+
+    Returns:
+        This package's names and tensors.
+    """
+    out: StateDict = {}
+    for index in range(11):
+        layer = _under(own, f'{index}.')
+        firsts = {k.split('.')[0] for k in layer}
+        if index == 0:
+            name = 'stem'
+        elif index < 9:
+            name = f'layer{(index + 1) // 2}.{"down" if index % 2 else "csp"}'
+            layer = layer if index % 2 else _cross_stage(layer)
+        elif 'linear' in firsts:
+            name = 'head'
+            layer = {re.sub(r'^linear\.', 'fc.', k): v for k, v in layer.items() if not k.startswith('drop')}
+        elif any('.attn.' in k for k in layer):
+            name, layer = 'layer4.attn', _attention(layer)
+        elif index == 9 and firsts == {'cv1', 'cv2'}:
+            name, layer = 'layer4.spp', {re.sub(r'^cv([12])\.', r'conv\1.', k): v for k, v in layer.items()}
+        else:
+            break
+        out.update({f'{name}.{k}': v for k, v in layer.items()})
+    return out
+
+
+NAMING = Naming(
+    family='YOLO',
+    models=('cspnet_yolov5*', 'cspnet_yolov8*', 'cspnet_yolo11*', 'cspnet_yolo26*'),
+    marker=r'2\.cv1\.conv\.weight',
+    rename=_rename,
+    notice=(
+        'These weights have the layout of Ultralytics\' YOLO models. Those that Ultralytics publishes, and what '
+        'derives from them, are licensed under AGPL-3.0 (or by an enterprise licence), other than this package.'
+    ),
+)
+
+
+def detector_cfg(source: str, url: str, ap: float, **kwargs: Any) -> Dict[str, Any]:
+    """Config of a detector's backbone, trained on COCO: RGB in 0 to 1, letterboxed to 640 pixels.
+
+    Args:
+        source: Who published the weights.
+        url: Where the user gets the file.
+        ap: Published AP of the detector on COCO val2017.
+        **kwargs: Entries to replace.
+
+    Returns:
+        The config, without a URL that timm would load.
+    """
+    return default_cfg(**{
+        'num_classes': 0, 'input_size': (3, 640, 640), 'pool_size': (20, 20), 'crop_pct': 1.0, 'crop_mode': 'border',
+        'interpolation': 'bilinear', 'mean': (0., 0., 0.), 'std': (1., 1., 1.), 'license': LICENSE, 'origin_url': url,
+        'info': dict(data='COCO', source=f'{source}, {url}', metrics=dict(ap=ap, size=640),
+                     metrics_source='published with the weights, for the whole detector'),
+        **kwargs,
+    })
+
+
+def classifier_cfg(
+        source: str,
+        url: str,
+        top1: float,
+        top5: float,
+        imagenet_norm: bool,
+        **kwargs: Any,
+) -> Dict[str, Any]:
+    """Config of an ImageNet classifier.
+
+    Args:
+        source: Who published the weights.
+        url: Where the user gets the file.
+        top1: Published top-1 accuracy in percent.
+        top5: Published top-5 accuracy in percent.
+        imagenet_norm: Whether the weights expect ImageNet's mean and deviation, or plain 0 to 1.
+        **kwargs: Entries to replace.
+
+    Returns:
+        The config, without a URL that timm would load.
+    """
+    return default_cfg(**{
+        'crop_pct': 1.0, 'interpolation': 'bilinear', 'license': LICENSE, 'origin_url': url,
+        'mean': IMAGENET_DEFAULT_MEAN if imagenet_norm else (0., 0., 0.),
+        'std': IMAGENET_DEFAULT_STD if imagenet_norm else (1., 1., 1.),
+        'info': dict(data=IN1K, source=f'{source}, {url}', metrics=dict(top1=top1, top5=top5, size=224),
+                     metrics_source='published with the weights'),
+        **kwargs,
+    })

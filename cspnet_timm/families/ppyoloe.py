@@ -1,0 +1,217 @@
+"""CSPRepResNet, the backbone of PP-YOLOE and PP-YOLOE+.
+
+A stem of three 3×3 convolutions, then four times a 3×3 convolution of stride 2 and a cross stage whose blocks are a 3×3
+and a re-parameterisable convolution, plain in deployment: ``timm.utils.reparameterize_model``. Channel attention before
+the merge. The + networks learn the weight, alpha, of each 1×1 branch.
+
+Paper: `PP-YOLOE: An evolved version of YOLO`, https://arxiv.org/abs/2203.16250
+Reference: https://github.com/PaddlePaddle/PaddleDetection, Apache-2.0
+"""
+from collections import OrderedDict
+from functools import partial
+from typing import Any, Dict
+
+import torch
+import torch.nn as nn
+from timm.layers import EffectiveSEModule
+
+from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
+from ..blocks import DarkBlock
+from ..cross_stage import ComposedStage
+from ..layers import ConvNormAct, RepConvNormAct
+from ._builder import IN1K, build_backbone, default_cfg, describe_weights, register_model
+from ._recognise import Naming, rename_keys, roll_channels
+
+__all__ = []
+
+SIZES = {  # width, depth
+    't': (0.375, 0.33),
+    's': (0.5, 0.33),
+    'm': (0.75, 0.67),
+    'l': (1., 1.),
+    'x': (1.25, 1.33),
+}
+
+
+def _stem(in_chans: int, args: LevelArgs, out_chs: int) -> nn.Module:
+    mid_chs = out_chs // 2
+    return nn.Sequential(OrderedDict(
+        conv1=ConvNormAct(in_chans, mid_chs, 3, stride=args.stride, **args.layers),
+        conv2=ConvNormAct(mid_chs, mid_chs, 3, **args.layers),
+        conv3=ConvNormAct(mid_chs, out_chs, 3, **args.layers),
+    ))
+
+
+def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, alpha: bool) -> nn.Module:
+    mid_chs = (in_chs + out_chs) // 2
+    branch_chs = mid_chs // 2
+    return nn.Sequential(OrderedDict(
+        down=ConvNormAct(in_chs, mid_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers),
+        csp=ComposedStage(
+            nn.Sequential(*[
+                DarkBlock(
+                    branch_chs, branch_chs, kernel_size=(3, 3),
+                    conv_layers=(ConvNormAct, partial(RepConvNormAct, alpha=alpha)), **args.block_kwargs(i))
+                for i in range(depth)
+            ]),
+            entry=ConvNormAct(mid_chs, branch_chs, **args.layers),
+            bypass=ConvNormAct(mid_chs, branch_chs, **args.layers),
+            merge=nn.Sequential(OrderedDict(
+                attn=EffectiveSEModule(2 * branch_chs, device=args.layers['device'], dtype=args.layers['dtype']),
+                conv=ConvNormAct(2 * branch_chs, out_chs, **args.layers),
+            )),
+        ),
+    ))
+
+
+def _rename(own: StateDict, whole: StateDict) -> StateDict:
+    out = rename_keys(own, (
+        (r'^stem\.(\d)\.', lambda m: f'stem.conv{int(m[1]) + 1}.'),
+        (r'^stages\.(\d)\.', lambda m: f'layer{int(m[1]) + 1}.csp.'),
+        (r'^stage(\d)\.0\.', r'layer\1.csp.'),
+        (r'\.csp\.conv_down\.', '.down.'),
+        (r'\.csp\.conv1\.', '.csp.bypass.'),
+        (r'\.csp\.conv2\.', '.csp.entry.'),
+        (r'\.csp\.conv3\.', '.csp.merge.conv.'),
+        (r'\.csp\.attn\.fc\.(conv\.)?', '.csp.merge.attn.fc.'),
+        (r'\.conv2\.(conv1|rbr_dense)\.', '.conv2.conv3x3.'),
+        (r'\.conv2\.(conv2|rbr_1x1)\.', '.conv2.conv1x1.'),
+        (r'\._mean$', '.running_mean'),
+        (r'\._variance$', '.running_var'),
+    ))
+    for key, value in out.items():
+        if key.endswith('.alpha') and not value.is_meta and not value.any():
+            out[key] = torch.ones_like(value)  # the reference takes an alpha of exactly zero for none at all
+    for layer in ('layer1', 'layer2', 'layer3', 'layer4'):  # the reference concatenates [bypass, blocks]
+        merge = f'{layer}.csp.merge'
+        half = out[f'{merge}.conv.conv.weight'].shape[1] // 2
+        roll_channels(out, f'{merge}.conv.conv.weight', (1,), half)
+        roll_channels(out, f'{merge}.attn.fc.weight', (0, 1), half)
+        roll_channels(out, f'{merge}.attn.fc.bias', (0,), half)
+    return out
+
+
+NAMING = Naming('PP-YOLOE', ('cspnet_ppyoloe_*',), r'(stages\.0|stage1\.0)\.conv_down\.conv\.weight', _rename)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
+    width, depth = SIZES[variant[-1]]
+    stem_chs, *chs = [max(round(c * width), 1) for c in (64, 128, 256, 512, 1024)]
+    depths = [max(round(d * depth), 1) for d in (3, 6, 6, 3)]
+    cfg = BackboneCfg(
+        levels=(Level(partial(_stem, out_chs=stem_chs), stem_chs),) + tuple(
+            Level(partial(_level, out_chs=c, depth=d, alpha='_plus_' in variant), c, depth=d)
+            for c, d in zip(chs, depths)
+        ),
+        convert=NAMING.convert,
+    )
+    return build_backbone(variant, pretrained, cfg, **kwargs)
+
+
+_MODELS = 'https://paddledet.bj.bcebos.com/models'
+
+
+def _cfg(url: str, data: str, **kwargs: Any) -> Dict[str, Any]:
+    metrics = kwargs.pop('metrics', {})
+    return default_cfg(
+        url=url, num_classes=0, first_conv='stem.conv1.conv', paper_ids='arXiv:2203.16250',
+        paper_name='PP-YOLOE: An evolved version of YOLO',
+        info=dict(data=data, source=f'PaddleDetection, {url}', metrics=metrics, metrics_source=(
+            'PaddleDetection, configs/ppyoloe, for the whole detector' if metrics else '')),
+        **kwargs,
+    )
+
+
+def _in1k(size: str) -> Dict[str, Any]:
+    return _cfg(f'{_MODELS}/pretrained/CSPResNetb_{size}_pretrained.pdparams', IN1K)
+
+
+def _detector(url: str, data: str, plus: bool, metrics: Dict[str, float]) -> Dict[str, Any]:
+    scale: Dict[str, Any] = dict(mean=(0., 0., 0.), std=(1., 1., 1.)) if plus else {}
+    return _cfg(url, data, metrics=metrics, input_size=(3, 640, 640), pool_size=(20, 20), crop_pct=1.0,
+                crop_mode='squash', **scale)
+
+
+def _coco(file: str, ap: float, plus: bool) -> Dict[str, Any]:
+    return _detector(f'{_MODELS}/{file}.pdparams', 'COCO', plus, dict(ap=ap, size=640))
+
+
+def _obj365(size: str, ap50: float) -> Dict[str, Any]:
+    url = f'https://bj.bcebos.com/v1/paddledet/models/pretrained/ppyoloe_crn_{size}_obj365_pretrained.pdparams'
+    return _detector(url, 'Objects365', True, dict(ap50=ap50, size=640))
+
+
+_AP, _AP_PLUS = dict(s=43.0, m=49.0, l=51.4, x=52.3), dict(s=43.7, m=49.8, l=52.9, x=54.7)
+
+default_cfgs = describe_weights({
+    **{f'cspnet_ppyoloe_{size}.in1k': _in1k(size) for size in SIZES},
+    **{f'cspnet_ppyoloe_{size}.coco': _coco(f'ppyoloe_crn_{size}_300e_coco', ap, False) for size, ap in _AP.items()},
+    'cspnet_ppyoloe_s.coco_400e': _coco('ppyoloe_crn_s_400e_coco', 43.4, False),
+    **{f'cspnet_ppyoloe_plus_{size}.obj365': _obj365(size, ap50)
+       for size, ap50 in dict(s=18.1, m=25.0, l=30.8, x=32.7).items()},
+    'cspnet_ppyoloe_plus_t.coco': _coco('ppyoloe_plus_crn_t_auxhead_300e_coco', 39.9, True),
+    **{f'cspnet_ppyoloe_plus_{size}.coco': _coco(f'ppyoloe_plus_crn_{size}_80e_coco', ap, True)
+       for size, ap in _AP_PLUS.items()},
+    'cspnet_ppyoloe_plus_m.coco_distill': _coco('ppyoloe_plus_crn_m_80e_coco_distill', 51.0, True),
+    'cspnet_ppyoloe_plus_l.coco_distill': _coco('ppyoloe_plus_crn_l_80e_coco_distill', 54.0, True),
+})
+
+
+@register_model
+def cspnet_ppyoloe_t(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Three eighths of the large network's width, a third of its depth."""
+    return _create('cspnet_ppyoloe_t', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_ppyoloe_s(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Half the large network's width, a third of its depth."""
+    return _create('cspnet_ppyoloe_s', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_ppyoloe_m(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Three quarters of the large network's width, two thirds of its depth."""
+    return _create('cspnet_ppyoloe_m', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_ppyoloe_l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 1024, 3, 6, 6 and 3 blocks."""
+    return _create('cspnet_ppyoloe_l', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_ppyoloe_x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """1.25 times the large network's width, 1.33 times its depth."""
+    return _create('cspnet_ppyoloe_x', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_ppyoloe_plus_t(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Three eighths of the large network's width, a third of its depth, with learnt alphas."""
+    return _create('cspnet_ppyoloe_plus_t', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_ppyoloe_plus_s(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Half the large network's width, a third of its depth, with learnt alphas."""
+    return _create('cspnet_ppyoloe_plus_s', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_ppyoloe_plus_m(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Three quarters of the large network's width, two thirds of its depth, with learnt alphas."""
+    return _create('cspnet_ppyoloe_plus_m', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_ppyoloe_plus_l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 1024, 3, 6, 6 and 3 blocks, with learnt alphas."""
+    return _create('cspnet_ppyoloe_plus_l', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_ppyoloe_plus_x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """1.25 times the large network's width, 1.33 times its depth, with learnt alphas."""
+    return _create('cspnet_ppyoloe_plus_x', pretrained, **kwargs)

@@ -1,0 +1,197 @@
+"""The backbones of YOLO11: of its detectors, and of its ImageNet classifiers (``_cls``).
+
+A 3×3 convolution of stride 2, then four times another one and a cross stage that collects all outputs of its blocks,
+which are residual blocks or, behind stride 8 and everywhere in the larger networks, small cross stages themselves
+(C3k2). The last level has a cross stage of attention blocks at its end (C2PSA), and a detector's an SPP before that. A
+classifier has a 1×1 convolution to 1280 channels before it pools.
+
+YOLO26 differs in its SPP, see ``yolo26.py``.
+
+Built from the published structure; the authors' code and weights are under AGPL-3.0, and none of either is here.
+"""
+from functools import partial
+from typing import Any, Callable, Dict
+
+import torch.nn as nn
+
+from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs
+from ..blocks import AttentionBlock, Collect, DarkBlock
+from ..cross_stage import CrossStage
+from ..layers import ConvHead, SpatialPyramidPool
+from ._builder import build_backbone, describe_weights, register_model
+from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_level, yolo_stem
+
+__all__ = ['yolo11_cfg']
+
+SIZES = {  # width, repeats, widest channels before scaling, cross stages as blocks everywhere
+    'n': (0.25, 1, 1024, False),
+    's': (0.5, 1, 1024, False),
+    'm': (1., 1, 512, True),
+    'l': (1., 2, 512, True),
+    'x': (1.5, 2, 512, True),
+}
+ACCURACY = {  # AP of the detector, top-1 and top-5 of the classifier
+    'n': (39.5, 70.0, 89.4),
+    's': (47.0, 75.4, 92.7),
+    'm': (51.5, 77.3, 93.9),
+    'l': (53.4, 78.3, 94.3),
+    'x': (54.7, 79.5, 94.9),
+}
+LEVELS = (  # channels behind the downsampling and behind the level, those of a branch as a fraction of the latter
+    (128, 256, 0.25),
+    (256, 512, 0.25),
+    (512, 512, 0.5),
+    (1024, 1024, 0.5),
+)
+
+
+def _block(chs: int, args: LevelArgs, index: int, nested: bool) -> nn.Module:
+    if not nested:
+        return DarkBlock(chs, chs, bottle_ratio=0.5, kernel_size=(3, 3), **args.block_kwargs(index))
+    return CrossStage(
+        chs, chs,
+        blocks=lambda c: nn.Sequential(*[
+            DarkBlock(c, c, kernel_size=(3, 3), **args.block_kwargs(index)) for _ in range(2)]),
+        fusion='first',
+        **args.layers,
+    )
+
+
+def _cross_stage(
+        in_chs: int,
+        args: LevelArgs,
+        out_chs: int,
+        branch_ratio: float,
+        depth: int,
+        nested: bool,
+) -> nn.Module:
+    return CrossStage(
+        in_chs, out_chs,
+        blocks=lambda chs: Collect([_block(chs, args, i, nested) for i in range(depth)], out_chs=(1 + depth) * chs),
+        hidden_chs=2 * int(out_chs * branch_ratio),
+        fusion='first',
+        **args.layers,
+    )
+
+
+def _pool(_: int, args: LevelArgs, chs: int, shortcut: bool) -> nn.Module:
+    entry_act_layer = None if shortcut else args.layers['act_layer']
+    return SpatialPyramidPool(chs, chs, shortcut=shortcut, entry_act_layer=entry_act_layer, **args.layers)
+
+
+def _attention(_: int, args: LevelArgs, chs: int, depth: int) -> nn.Module:
+    return CrossStage(
+        chs, chs,
+        blocks=lambda c: nn.Sequential(*[
+            AttentionBlock(c, drop_path=args.drop_path[depth + i], **args.layers) for i in range(depth)]),
+        fusion='first',
+        **args.layers,
+    )
+
+
+def yolo11_cfg(name: str, classifier: bool, linear_pool: bool = False) -> BackboneCfg:
+    """The network of one size.
+
+    Args:
+        name: ``'n'``, ``'s'``, ``'m'``, ``'l'`` or ``'x'``.
+        classifier: The classifying form: no SPP, a convolution before the classifier.
+        linear_pool: The SPP of YOLO26: a shortcut around it, no activation before its pools.
+
+    Returns:
+        The network as numbers and builders.
+    """
+    width, repeats, max_chs, nested = SIZES[name]
+    stem_chs = scale_width(64, width)
+    levels = [yolo_stem(stem_chs, 3)]
+    for i, (down, out, branch_ratio) in enumerate(LEVELS):
+        chs, depth = scale_width(out, width, max_chs), repeats
+        parts: Dict[str, Callable[[int, LevelArgs], nn.Module]] = dict(csp=partial(
+            _cross_stage, out_chs=chs, branch_ratio=branch_ratio, depth=repeats, nested=nested or i >= 2))
+        if i == 3:
+            if not classifier:
+                parts['spp'] = partial(_pool, chs=chs, shortcut=linear_pool)
+            parts['attn'] = partial(_attention, chs=chs, depth=repeats)
+            depth += repeats
+        down_chs = scale_width(down, width, max_chs)
+        levels.append(Level(partial(yolo_level, down_chs=down_chs, parts=parts), chs, depth=depth))
+    bn_eps, bn_momentum = (1e-5, 0.1) if classifier else (1e-3, 0.03)
+    return BackboneCfg(
+        tuple(levels), bn_eps=bn_eps, bn_momentum=bn_momentum, head=ConvHead if classifier else None,
+        convert=NAMING.convert,
+    )
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
+    name, _, form = variant.removeprefix('cspnet_yolo11').partition('_')
+    return build_backbone(variant, pretrained, yolo11_cfg(name, classifier=bool(form)), **kwargs)
+
+
+_URL = 'https://github.com/ultralytics/assets/releases/download/v8.3.0/yolo11'
+
+default_cfgs = describe_weights({
+    **{f'cspnet_yolo11{name}.coco': detector_cfg('Ultralytics', f'{_URL}{name}.pt', ap)
+       for name, (ap, _, _) in ACCURACY.items()},
+    **{f'cspnet_yolo11{name}_cls.in1k': classifier_cfg(
+        'Ultralytics', f'{_URL}{name}-cls.pt', top1, top5, imagenet_norm=False)
+       for name, (_, top1, top5) in ACCURACY.items()},
+})
+
+
+@register_model
+def cspnet_yolo11n(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 16 to 256, one block per level."""
+    return _create('cspnet_yolo11n', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo11s(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Twice the width of the smallest network, one block per level."""
+    return _create('cspnet_yolo11s', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo11m(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 512, one block per level, each a cross stage."""
+    return _create('cspnet_yolo11m', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo11l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """The medium network with two blocks per level."""
+    return _create('cspnet_yolo11l', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo11x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """One and a half times the width of the large network."""
+    return _create('cspnet_yolo11x', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo11n_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 16 to 256, one block per level, as a classifier."""
+    return _create('cspnet_yolo11n_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo11s_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Twice the width of the smallest network, one block per level, as a classifier."""
+    return _create('cspnet_yolo11s_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo11m_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 512, one block per level, each a cross stage, as a classifier."""
+    return _create('cspnet_yolo11m_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo11l_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """The medium network with two blocks per level, as a classifier."""
+    return _create('cspnet_yolo11l_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo11x_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """One and a half times the width of the large network, as a classifier."""
+    return _create('cspnet_yolo11x_cls', pretrained, **kwargs)

@@ -1,0 +1,100 @@
+"""The backbones of YOLO26: of its detectors, and of its ImageNet classifiers (``_cls``).
+
+YOLO11's, but for the SPP of the detectors: no activation before the pools, and a shortcut around it. The classifiers,
+which have no SPP, are YOLO11's networks with weights of their own.
+
+Built from the published structure; the authors' code and weights are under AGPL-3.0, and none of either is here.
+"""
+from typing import Any
+
+from ..backbone import CspBackbone
+from ._builder import build_backbone, describe_weights, register_model
+from ._yolo import classifier_cfg, detector_cfg
+from .yolo11 import yolo11_cfg
+
+__all__ = []
+
+ACCURACY = {  # AP of the detector, top-1 and top-5 of the classifier
+    'n': (40.9, 71.4, 90.1),
+    's': (48.6, 76.0, 92.9),
+    'm': (53.1, 78.1, 94.2),
+    'l': (55.0, 79.0, 94.6),
+    'x': (57.5, 79.9, 95.0),
+}
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
+    name, _, form = variant.removeprefix('cspnet_yolo26').partition('_')
+    cfg = yolo11_cfg(name, classifier=bool(form), linear_pool=True)
+    return build_backbone(variant, pretrained, cfg, **kwargs)
+
+
+_URL = 'https://github.com/ultralytics/assets/releases/download/v8.4.0/yolo26'
+
+default_cfgs = describe_weights({
+    **{f'cspnet_yolo26{name}.coco': detector_cfg('Ultralytics', f'{_URL}{name}.pt', ap)
+       for name, (ap, _, _) in ACCURACY.items()},
+    **{f'cspnet_yolo26{name}_cls.in1k': classifier_cfg(
+        'Ultralytics', f'{_URL}{name}-cls.pt', top1, top5, imagenet_norm=False)
+       for name, (_, top1, top5) in ACCURACY.items()},
+})
+
+
+@register_model
+def cspnet_yolo26n(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 16 to 256, one block per level."""
+    return _create('cspnet_yolo26n', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo26s(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Twice the width of the smallest network, one block per level."""
+    return _create('cspnet_yolo26s', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo26m(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 512, one block per level, each a cross stage."""
+    return _create('cspnet_yolo26m', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo26l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """The medium network with two blocks per level."""
+    return _create('cspnet_yolo26l', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo26x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """One and a half times the width of the large network."""
+    return _create('cspnet_yolo26x', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo26n_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 16 to 256, one block per level, as a classifier."""
+    return _create('cspnet_yolo26n_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo26s_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Twice the width of the smallest network, one block per level, as a classifier."""
+    return _create('cspnet_yolo26s_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo26m_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 512, one block per level, each a cross stage, as a classifier."""
+    return _create('cspnet_yolo26m_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo26l_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """The medium network with two blocks per level, as a classifier."""
+    return _create('cspnet_yolo26l_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolo26x_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """One and a half times the width of the large network, as a classifier."""
+    return _create('cspnet_yolo26x_cls', pretrained, **kwargs)

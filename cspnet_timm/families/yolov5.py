@@ -1,0 +1,130 @@
+"""The backbones of YOLOv5 v6: of its detectors, and of its ImageNet classifiers (``_cls``).
+
+A 6×6 convolution of stride 2, then four times a 3×3 convolution of stride 2 and a cross stage of Darknet's blocks, one
+1×1 convolution per branch and one to merge (C3). A detector's backbone ends with an SPP; a classifier has none, and a
+1×1 convolution to 1280 channels before it pools.
+
+Built from the published structure; the authors' code and weights are under AGPL-3.0, and none of either is here.
+"""
+from functools import partial
+from typing import Any, Callable, Dict
+
+import torch.nn as nn
+
+from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs
+from ..blocks import DarkBlock
+from ..cross_stage import CrossStage
+from ..layers import ConvHead, SpatialPyramidPool
+from ._builder import build_backbone, describe_weights, register_model
+from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_level, yolo_stem
+
+__all__ = []
+
+SIZES = {  # width, depth, AP of the detector, top-1 and top-5 of the classifier
+    'n': (0.25, 0.33, 28.0, 64.6, 85.4),
+    's': (0.5, 0.33, 37.4, 71.5, 90.2),
+    'm': (0.75, 0.67, 45.4, 75.9, 92.9),
+    'l': (1., 1., 49.0, 78.0, 94.0),
+    'x': (1.25, 1.33, 50.7, 79.0, 94.4),
+}
+
+
+def _cross_stage(in_chs: int, args: LevelArgs, out_chs: int, depth: int) -> nn.Module:
+    return CrossStage(
+        in_chs, out_chs,
+        blocks=lambda chs: nn.Sequential(*[DarkBlock(chs, chs, **args.block_kwargs(i)) for i in range(depth)]),
+        fusion='first',
+        **args.layers,
+    )
+
+
+def _pool(_: int, args: LevelArgs, chs: int) -> nn.Module:
+    return SpatialPyramidPool(chs, chs, entry_act_layer=args.layers['act_layer'], **args.layers)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
+    name, _, form = variant.removeprefix('cspnet_yolov5').partition('_')
+    width, depth = SIZES[name][:2]
+    stem_chs, *widths = [scale_width(c, width) for c in (64, 128, 256, 512, 1024)]
+    levels = [yolo_stem(stem_chs, 6)]
+    for i, (chs, repeats) in enumerate(zip(widths, (3, 6, 9, 3))):
+        blocks = max(round(repeats * depth), 1)
+        parts: Dict[str, Callable[[int, LevelArgs], nn.Module]] = dict(
+            csp=partial(_cross_stage, out_chs=chs, depth=blocks))
+        if i == 3 and not form:
+            parts['spp'] = partial(_pool, chs=chs)
+        levels.append(Level(partial(yolo_level, down_chs=chs, parts=parts), chs, depth=blocks))
+    cfg = BackboneCfg(
+        levels=tuple(levels), bn_eps=1e-3, bn_momentum=0.03, head=ConvHead if form else None, convert=NAMING.convert)
+    return build_backbone(variant, pretrained, cfg, **kwargs)
+
+
+_URL = 'https://github.com/ultralytics/yolov5/releases/download/v7.0/yolov5'
+
+default_cfgs = describe_weights({
+    **{f'cspnet_yolov5{name}.coco': detector_cfg('Ultralytics', f'{_URL}{name}.pt', ap)
+       for name, (_, _, ap, _, _) in SIZES.items()},
+    **{f'cspnet_yolov5{name}_cls.in1k': classifier_cfg(
+        'Ultralytics', f'{_URL}{name}-cls.pt', top1, top5, imagenet_norm=True)
+       for name, (_, _, _, top1, top5) in SIZES.items()},
+})
+
+
+@register_model
+def cspnet_yolov5n(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """A quarter of the large network's width, a third of its depth."""
+    return _create('cspnet_yolov5n', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov5s(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Half the large network's width, a third of its depth."""
+    return _create('cspnet_yolov5s', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov5m(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Three quarters of the large network's width, two thirds of its depth."""
+    return _create('cspnet_yolov5m', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov5l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 1024, 3, 6, 9 and 3 blocks."""
+    return _create('cspnet_yolov5l', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov5x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """1.25 times the large network's width, 1.33 times its depth."""
+    return _create('cspnet_yolov5x', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov5n_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """A quarter of the large network's width, a third of its depth, as a classifier."""
+    return _create('cspnet_yolov5n_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov5s_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Half the large network's width, a third of its depth, as a classifier."""
+    return _create('cspnet_yolov5s_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov5m_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Three quarters of the large network's width, two thirds of its depth, as a classifier."""
+    return _create('cspnet_yolov5m_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov5l_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 1024, 3, 6, 9 and 3 blocks, as a classifier."""
+    return _create('cspnet_yolov5l_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov5x_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """1.25 times the large network's width, 1.33 times its depth, as a classifier."""
+    return _create('cspnet_yolov5x_cls', pretrained, **kwargs)

@@ -1,0 +1,134 @@
+"""The backbones of YOLOv8: of its detectors, and of its ImageNet classifiers (``_cls``).
+
+A 3×3 convolution of stride 2, then four times another one and a cross stage of two-times-3×3 blocks whose outputs are
+all collected (C2f). A detector's backbone ends with an SPP; a classifier has none, and a 1×1 convolution to 1280
+channels before it pools. The large detectors' last level is narrower than the classifiers'.
+
+Built from the published structure; the authors' code and weights are under AGPL-3.0, and none of either is here.
+"""
+from functools import partial
+from typing import Any, Callable, Dict
+
+import torch.nn as nn
+
+from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs
+from ..blocks import Collect, DarkBlock
+from ..cross_stage import CrossStage
+from ..layers import ConvHead, SpatialPyramidPool
+from ._builder import build_backbone, describe_weights, register_model
+from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_level, yolo_stem
+
+__all__ = []
+
+SIZES = {  # width, depth, widest channels of the detector before scaling, its AP, top-1 and top-5 of the classifier
+    'n': (0.25, 0.33, 1024, 37.3, 69.0, 88.3),
+    's': (0.5, 0.33, 1024, 44.9, 73.8, 91.7),
+    'm': (0.75, 0.67, 768, 50.2, 76.8, 93.5),
+    'l': (1., 1., 512, 52.9, 78.3, 94.2),
+    'x': (1.25, 1., 512, 53.9, 79.0, 94.6),
+}
+
+
+def _cross_stage(in_chs: int, args: LevelArgs, out_chs: int, depth: int) -> nn.Module:
+    return CrossStage(
+        in_chs, out_chs,
+        blocks=lambda chs: Collect(
+            [DarkBlock(chs, chs, kernel_size=(3, 3), **args.block_kwargs(i)) for i in range(depth)],
+            out_chs=(1 + depth) * chs,
+        ),
+        fusion='first',
+        **args.layers,
+    )
+
+
+def _pool(_: int, args: LevelArgs, chs: int) -> nn.Module:
+    return SpatialPyramidPool(chs, chs, entry_act_layer=args.layers['act_layer'], **args.layers)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
+    name, _, form = variant.removeprefix('cspnet_yolov8').partition('_')
+    width, depth, max_chs = SIZES[name][:3]
+    stem_chs, *widths = [scale_width(c, width, 1024 if form else max_chs) for c in (64, 128, 256, 512, 1024)]
+    levels = [yolo_stem(stem_chs, 3)]
+    for i, (chs, repeats) in enumerate(zip(widths, (3, 6, 6, 3))):
+        blocks = max(round(repeats * depth), 1)
+        parts: Dict[str, Callable[[int, LevelArgs], nn.Module]] = dict(
+            csp=partial(_cross_stage, out_chs=chs, depth=blocks))
+        if i == 3 and not form:
+            parts['spp'] = partial(_pool, chs=chs)
+        levels.append(Level(partial(yolo_level, down_chs=chs, parts=parts), chs, depth=blocks))
+    bn_eps, bn_momentum = (1e-5, 0.1) if form else (1e-3, 0.03)
+    cfg = BackboneCfg(
+        tuple(levels), bn_eps=bn_eps, bn_momentum=bn_momentum, head=ConvHead if form else None, convert=NAMING.convert)
+    return build_backbone(variant, pretrained, cfg, **kwargs)
+
+
+_URL = 'https://github.com/ultralytics/assets/releases/download/v8.2.0/yolov8'
+
+default_cfgs = describe_weights({
+    **{f'cspnet_yolov8{name}.coco': detector_cfg('Ultralytics', f'{_URL}{name}.pt', ap)
+       for name, (_, _, _, ap, _, _) in SIZES.items()},
+    **{f'cspnet_yolov8{name}_cls.in1k': classifier_cfg(
+        'Ultralytics', f'{_URL}{name}-cls.pt', top1, top5, imagenet_norm=False)
+       for name, (_, _, _, _, top1, top5) in SIZES.items()},
+})
+
+
+@register_model
+def cspnet_yolov8n(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """A quarter of the large network's width, a third of its depth."""
+    return _create('cspnet_yolov8n', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov8s(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Half the large network's width, a third of its depth."""
+    return _create('cspnet_yolov8s', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov8m(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Three quarters of the large network's width, two thirds of its depth."""
+    return _create('cspnet_yolov8m', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov8l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 512, 3, 6, 6 and 3 blocks."""
+    return _create('cspnet_yolov8l', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov8x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """1.25 times the large network's width, the same depth."""
+    return _create('cspnet_yolov8x', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov8n_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """A quarter of the large network's width, a third of its depth, as a classifier."""
+    return _create('cspnet_yolov8n_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov8s_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Half the large network's width, a third of its depth, as a classifier."""
+    return _create('cspnet_yolov8s_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov8m_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Three quarters of the large network's width, two thirds of its depth, as a classifier."""
+    return _create('cspnet_yolov8m_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov8l_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 1024, 3, 6, 6 and 3 blocks, as a classifier."""
+    return _create('cspnet_yolov8l_cls', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolov8x_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """1.25 times the large network's width, the same depth, as a classifier."""
+    return _create('cspnet_yolov8x_cls', pretrained, **kwargs)

@@ -1,0 +1,176 @@
+"""The backbone of YOLOX: YOLOv5's Darknet in the form of Megvii's YOLOX, and of MMDetection.
+
+A focus stem, then four times a 3×3 convolution of stride 2 and a cross stage of Darknet's blocks. The last level has an
+SPP before its cross stage, and blocks without a shortcut. In the smallest network the 3×3 convolutions behind the stem
+are separable. Focus, a 3×3 convolution of the four pixels of each 2×2 patch, is one 6×6 convolution of stride 2.
+
+Paper: `YOLOX: Exceeding YOLO Series in 2021`, https://arxiv.org/abs/2107.08430
+Reference: https://github.com/Megvii-BaseDetection/YOLOX, Apache-2.0
+"""
+from collections import OrderedDict
+from functools import partial
+from typing import Any, Callable, Dict
+
+import torch
+import torch.nn as nn
+
+from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
+from ..blocks import DarkBlock
+from ..cross_stage import CrossStage
+from ..layers import ConvNormAct, SeparableConvNormAct, SpatialPyramidPool
+from ._builder import build_backbone, default_cfg, describe_weights, register_model
+from ._recognise import Naming, rename_keys
+
+__all__ = ['focus_to_conv']
+
+SIZES = {  # width, depth, separable 3×3 convolutions
+    'cspnet_yolox_nano': (0.25, 0.33, True),
+    'cspnet_yolox_tiny': (0.375, 0.33, False),
+    'cspnet_yolox_s': (0.5, 0.33, False),
+    'cspnet_yolox_m': (0.75, 0.67, False),
+    'cspnet_yolox_l': (1., 1., False),
+    'cspnet_yolox_x': (1.25, 1.33, False),
+}
+
+
+def _stem(in_chans: int, args: LevelArgs, out_chs: int) -> nn.Module:
+    return ConvNormAct(in_chans, out_chs, 6, stride=args.stride, padding=2, **args.layers)
+
+
+def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, separable: bool, last: bool) -> nn.Module:
+    conv: Callable[..., nn.Module] = SeparableConvNormAct if separable else ConvNormAct
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        down=conv(in_chs, out_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers))
+    if last:
+        layers['spp'] = SpatialPyramidPool(out_chs, out_chs, entry_act_layer=args.layers['act_layer'], **args.layers)
+    layers['csp'] = CrossStage(
+        out_chs, out_chs,
+        blocks=lambda chs: nn.Sequential(*[
+            DarkBlock(chs, chs, conv_layers=(ConvNormAct, conv), shortcut=not last, **args.block_kwargs(i))
+            for i in range(depth)
+        ]),
+        fusion='first',
+        **args.layers,
+    )
+    return nn.Sequential(layers)
+
+
+def focus_to_conv(weight: torch.Tensor) -> torch.Tensor:
+    """Make the kernel of a focus stem one of a 6×6 convolution of stride 2 and padding 2, exactly.
+
+    Args:
+        weight: ``(out_chs, 4 · C, 3, 3)``; the four pixels of a patch are stacked in the order top left, bottom left,
+            top right, bottom right.
+
+    Returns:
+        The same numbers as ``(out_chs, C, 6, 6)``.
+    """
+    out_chs, chs = weight.shape[0], weight.shape[1] // 4
+    patches = weight.reshape(out_chs, 2, 2, chs, 3, 3)  # (out, column, row, channel, y, x)
+    return patches.permute(0, 3, 4, 2, 5, 1).reshape(out_chs, chs, 6, 6)
+
+
+def _rename(own: StateDict, whole: StateDict) -> StateDict:
+    own = rename_keys(own, ((r'^dark(\d)\.', lambda m: f'stage{int(m[1]) - 1}.'), (r'^stem\.conv\.', 'stem.')))
+    last = {name: max(k.split('.')[1] for k in own if k.startswith(f'{name}.')) for name in ('stage1', 'stage4')}
+    out = rename_keys(own, (
+        (r'^stage(\d)\.0\.', r'layer\1.down.'),
+        (rf'^stage([123])\.{last["stage1"]}\.|^stage(4)\.{last["stage4"]}\.', lambda m: f'layer{m[1] or m[2]}.csp.'),
+        (r'^stage(\d)\.1\.', r'layer\1.spp.'),
+        (r'\.csp\.(conv1|main_conv)\.', '.csp.entry.'),
+        (r'\.csp\.(conv2|short_conv)\.', '.csp.bypass.'),
+        (r'\.csp\.(conv3|final_conv)\.', '.csp.merge.'),
+        (r'\.csp\.m\.', '.csp.blocks.'),
+        (r'\.(dconv|depthwise_conv)\.', '.depthwise.'),
+        (r'\.(pconv|pointwise_conv)\.', '.pointwise.'),
+    ))
+    weight = out['stem.conv.weight']
+    out['stem.conv.weight'] = focus_to_conv(weight).flip(1)  # the files' networks take BGR, this one RGB
+    return out
+
+
+NAMING = Naming(
+    'YOLOX', ('cspnet_yolox_*',), r'dark2\.1\.conv1\.conv\.weight|stage1\.1\.main_conv\.conv\.weight', _rename)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
+    width, depth, separable = SIZES[variant]
+    stem_chs, depth = int(64 * width), max(round(depth * 3), 1)
+    levels = [Level(partial(_stem, out_chs=stem_chs), stem_chs)]
+    for i, (scale, repeats) in enumerate(((2, 1), (4, 3), (8, 3), (16, 1))):
+        chs, blocks = stem_chs * scale, depth * repeats
+        levels.append(Level(
+            partial(_level, out_chs=chs, depth=blocks, separable=separable, last=i == 3), chs, depth=blocks))
+    cfg = BackboneCfg(levels=tuple(levels), bn_eps=1e-3, bn_momentum=0.03, convert=NAMING.convert)
+    return build_backbone(variant, pretrained, cfg, **kwargs)
+
+
+def _cfg(url: str, source: str, metrics_source: str, ap: float, size: int = 640) -> Dict[str, Any]:
+    return default_cfg(
+        url=url, num_classes=0, input_size=(3, size, size), pool_size=(size // 32, size // 32), crop_pct=1.0,
+        crop_mode='border', interpolation='bilinear', mean=(0., 0., 0.), std=(1 / 255, 1 / 255, 1 / 255),
+        paper_ids='arXiv:2107.08430', paper_name='YOLOX: Exceeding YOLO Series in 2021',
+        info=dict(data='COCO', source=f'{source}, {url}', metrics=dict(ap=ap, size=size),
+                  metrics_source=f'{metrics_source}, for the whole detector'),
+    )
+
+
+def _megvii(name: str, ap: float, size: int = 640) -> Dict[str, Any]:
+    url = f'https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0/yolox_{name}.pth'
+    return _cfg(url, 'Megvii', 'YOLOX, README', ap, size)
+
+
+def _mmdet(name: str, stamp: str, ap: float, size: int = 640) -> Dict[str, Any]:
+    name = f'yolox_{name}_8x8_300e_coco'
+    url = f'https://download.openmmlab.com/mmdetection/v2.0/yolox/{name}/{name}_{stamp}.pth'
+    return _cfg(url, 'OpenMMLab', 'MMDetection, configs/yolox', ap, size)
+
+
+default_cfgs = describe_weights({
+    'cspnet_yolox_nano.coco': _megvii('nano', 25.8, 416),
+    'cspnet_yolox_tiny.coco': _megvii('tiny', 32.8, 416),
+    'cspnet_yolox_s.coco': _megvii('s', 40.5),
+    'cspnet_yolox_m.coco': _megvii('m', 46.9),
+    'cspnet_yolox_l.coco': _megvii('l', 49.7),
+    'cspnet_yolox_x.coco': _megvii('x', 51.1),
+    'cspnet_yolox_tiny.mmdet_coco': _mmdet('tiny', '20211124_171234-b4047906', 32.0, 416),
+    'cspnet_yolox_s.mmdet_coco': _mmdet('s', '20211121_095711-4592a793', 40.5),
+    'cspnet_yolox_l.mmdet_coco': _mmdet('l', '20211126_140236-d3bd2b23', 49.4),
+    'cspnet_yolox_x.mmdet_coco': _mmdet('x', '20211126_140254-1ef88d67', 50.9),
+})
+
+
+@register_model
+def cspnet_yolox_nano(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """A quarter of the large network's width, a third of its depth, with separable convolutions."""
+    return _create('cspnet_yolox_nano', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolox_tiny(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Three eighths of the large network's width, a third of its depth."""
+    return _create('cspnet_yolox_tiny', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolox_s(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Half the large network's width, a third of its depth."""
+    return _create('cspnet_yolox_s', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolox_m(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Three quarters of the large network's width, two thirds of its depth."""
+    return _create('cspnet_yolox_m', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolox_l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """Widths 64 to 1024, 3, 9, 9 and 3 blocks."""
+    return _create('cspnet_yolox_l', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolox_x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """1.25 times the large network's width, 1.33 times its depth."""
+    return _create('cspnet_yolox_x', pretrained, **kwargs)

@@ -1,0 +1,350 @@
+"""What every registered model owes its users. A new family is tested by being registered."""
+import copy
+import io
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.data import resolve_data_config
+from timm.models import create_model, group_parameters, reparameterize_model
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FrozenBatchNorm2d
+
+from tests.zoo import ALL, create, distance
+
+SIZE = 64
+
+
+def picture(batch=2, chans=3, size=(SIZE, SIZE)):
+    return torch.randn(batch, chans, *size)
+
+
+# On every model: shapes and names, on the meta device, where a large model costs no more than a small one.
+
+
+def test_there_are_models():
+    assert len(ALL) >= 7
+    assert all(word not in name for name in ALL for word in ('vit', 'dla', 'tresnet'))  # two libraries look for these
+
+
+def test_default_cfg(any_model):
+    model = create_model(any_model, device='meta')
+    cfg = model.pretrained_cfg
+    keys = model.state_dict().keys()
+    assert cfg['license'] and cfg['architecture'] == any_model
+    assert f'{cfg["first_conv"]}.weight' in keys
+    three = create_model(any_model, num_classes=3, device='meta').state_dict()
+    assert three[f'{cfg["classifier"]}.weight'].shape[0] == 3
+    assert type(next(m for m in model.modules() if not any(m.children()))) is nn.Conv2d  # as torchgeo expects
+    features = model.forward_features(torch.empty(1, *cfg['input_size'], device='meta'))
+    assert tuple(features.shape[-2:]) == tuple(cfg['pool_size'])
+    assert resolve_data_config({}, model=model)['input_size'] == cfg['input_size']
+
+
+def test_layout(any_model):
+    model = create_model(any_model, device='meta')
+    names = [info['module'] for info in model.feature_info]
+    assert names == ['stem'] + [f'layer{i}' for i in range(1, len(names))]
+    assert [name for name, _ in model.named_children()] == [*names, 'head']
+    assert [info['reduction'] for info in model.feature_info] == [2 ** (i + 1) for i in range(len(names))]
+    for name, module in model.named_modules():
+        assert 'NormAct' not in type(module).__name__ or isinstance(module, nn.Sequential), name
+        assert name.rsplit('.', 1)[-1] not in ('fuse', 'reparameterize', 'switch_to_deploy'), name
+
+
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+def test_feature_shapes(any_model, output_stride):
+    model = create_model(any_model, features_only=True, output_stride=output_stride, device='meta')
+    outputs = model(torch.empty(1, 3, 128, 192, device='meta'))
+    assert len(outputs) == len(model.feature_info.channels()) >= 4
+    for output, chs, reduction in zip(outputs, model.feature_info.channels(), model.feature_info.reduction()):
+        assert reduction <= output_stride
+        assert tuple(output.shape) == (1, chs, 128 // reduction, 192 // reduction)
+
+
+@pytest.mark.parametrize('out_indices', [(0,), (-1,), (1, 3), (-3, -1), (3, 1), 2])
+def test_out_indices(any_model, out_indices):
+    every = create_model(any_model, features_only=True, device='meta')
+    model = create_model(any_model, features_only=True, out_indices=out_indices, device='meta')
+    n = len(every.feature_info.channels())
+    wanted = range(n - out_indices, n) if isinstance(out_indices, int) else sorted(i % n for i in out_indices)
+    assert model.feature_info.channels() == [every.feature_info.channels()[i] for i in wanted]
+    outputs = model(torch.empty(1, 3, 64, 64, device='meta'))
+    assert [o.shape[1] for o in outputs] == model.feature_info.channels()
+    assert [64 // o.shape[-1] for o in outputs] == model.feature_info.reduction()
+
+
+def test_bad_arguments(any_model):
+    with pytest.raises(TypeError, match='no_such_argument'):
+        create_model(any_model, no_such_argument=1, device='meta')
+    with pytest.raises(ValueError, match=r'output_stride=4 .*8, 16 and 32'):
+        create_model(any_model, output_stride=4, device='meta')
+    for bad in ((9,), (-9,), 9, 0, (1, 1), ()):
+        with pytest.raises(ValueError, match='out_indices'):
+            create_model(any_model, features_only=True, out_indices=bad, device='meta')
+    with pytest.raises(ValueError, match='global_pool'):
+        create_model(any_model, num_classes=7, global_pool='', device='meta')
+
+
+def test_meta_device_and_dtype(any_model):
+    model = create_model(any_model, device='meta', dtype=torch.bfloat16)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all(t.device.type == 'meta' for t in tensors)
+    assert all(t.dtype == torch.bfloat16 for t in tensors if t.is_floating_point())
+    with torch.device('meta'):
+        assert all(p.device.type == 'meta' for p in create_model(any_model).parameters())
+
+
+@pytest.mark.parametrize('in_chans', [1, 4])
+def test_in_chans(any_model, in_chans):
+    model = create_model(any_model, in_chans=in_chans, num_classes=5, device='meta')
+    assert model.in_chans == in_chans
+    assert model(torch.empty(2, in_chans, 64, 64, device='meta')).shape == (2, 5)
+
+
+def test_classifier(any_model):
+    model = create_model(any_model, num_classes=7, device='meta')
+    x = torch.empty(2, 3, 64, 64, device='meta')
+    features = model.forward_features(x)
+    assert features.shape[1] == model.num_features
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert model.get_classifier().weight.shape[0] == 7
+    model.reset_classifier(11)
+    assert model.num_classes == 11 and model(x).shape == (2, 11)
+    model.reset_classifier(3, 'catavgmax')
+    assert model(x).shape == (2, 3)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.head_hidden_size)
+    assert create_model(any_model, num_classes=0, global_pool='', device='meta')(x).ndim == 4
+
+
+def test_group_matcher(any_model):
+    model = create_model(any_model, num_classes=5, device='meta')
+    for coarse in (False, True):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        assert groups.keys() == dict(model.named_parameters()).keys()
+        last = max(groups.values())
+        assert all(group == last for name, group in groups.items() if name.startswith('head.'))
+        assert all(group == 0 for name, group in groups.items() if name.startswith('stem.'))
+        order = [max(g for n, g in groups.items() if n.startswith(f'{info["module"]}.')) for info in model.feature_info]
+        assert order == sorted(set(order)) and last == order[-1] + 1
+    assert last == len(order)  # coarse: one group per level and one for the head
+
+
+# On the smallest model of each structure: numbers, compilers, training.
+
+
+def test_forward_backward(model_name):
+    model = create_model(model_name, num_classes=10)
+    y = model(picture())
+    assert y.shape == (2, 10) and y.isfinite().all()
+    y.square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
+
+
+def test_features_agree(model_name):
+    model, extractor = create(model_name), create(model_name, features_only=True)
+    extractor.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('head.')})
+    x = picture()
+    with torch.no_grad():
+        final, taps = model.forward_intermediates(x)
+        assert torch.equal(final, model.forward_features(x)) and torch.equal(final, taps[-1])
+        assert torch.equal(model(x), model.forward_head(final))
+        assert all(torch.equal(a, b) for a, b in zip(extractor(x), taps))
+        last_two = model.forward_intermediates(x, indices=2, intermediates_only=True)
+        assert len(last_two) == 2 and torch.equal(last_two[0], taps[-2])
+        early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+        assert torch.equal(early[0], taps[1])
+        # torchvision's FPN wrapper and two DETR repositories take the levels from the plain model by name
+        getter = IntermediateLayerGetter(model, {'layer1': 'a', 'layer3': 'b'})
+        assert [torch.equal(o, taps[i]) for o, i in zip(getter(x).values(), (1, 3))] == [True, True]
+
+
+def test_prune(model_name):
+    model = create(model_name)
+    x = picture()
+    with torch.no_grad():
+        taps = model.forward_intermediates(x, intermediates_only=True)
+        pruned = copy.deepcopy(model)
+        assert pruned.prune_intermediate_layers([1, -2]) == [1, len(taps) - 2]
+        assert torch.equal(pruned.forward_features(x), taps[-2])
+        assert pruned.num_features == taps[-2].shape[1] and pruned.get_classifier() is not model.get_classifier()
+        kept = copy.deepcopy(model)
+        kept.prune_intermediate_layers(1, prune_head=False)
+        assert torch.equal(kept(x), model(x))
+    pruned.train()
+    pruned(picture()).mean().backward()
+    assert all(p.grad is not None for p in pruned.parameters())
+
+
+@pytest.mark.parametrize('features', [False, True])
+def test_torchscript(model_name, features):
+    model = create(model_name, features_only=features, scriptable=True)
+    scripted = torch.jit.script(model)
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    scripted = torch.jit.load(buffer)
+    for size in ((SIZE, SIZE), (96, 128)):
+        x = picture(1, size=size)
+        with torch.no_grad():
+            a, b = model(x), scripted(x)
+        for p, q in zip(a, b) if features else [(a, b)]:
+            assert distance(q, p) < 1e-5
+
+
+def test_fx(model_name):
+    model = create(model_name)
+    traced = torch.fx.symbolic_trace(model)
+    x = picture(1)
+    with torch.no_grad():
+        assert distance(traced(x), model(x)) < 1e-6
+
+
+def test_export(model_name):
+    model = create(model_name)
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(model, (picture(2),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+    x = picture(3, size=(96, 128))
+    with torch.no_grad():
+        assert distance(program.module()(x), model(x)) < 1e-5
+
+
+def test_compile(model_name):
+    model = create(model_name)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            x = picture(batch)
+            assert distance(compiled(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize('features', [False, True])
+def test_onnx(model_name, features, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    model = create(model_name, features_only=features)
+    dynamic = torch.export.Dim.DYNAMIC
+    path = tmp_path / 'model.onnx'
+    torch.onnx.export(
+        model, (picture(2),), path, dynamo=True, verbose=False,
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    x = picture(3, size=(96, 128))
+    outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        expected = model(x)
+    for output, tensor in zip(outputs, expected if features else [expected]):
+        assert distance(torch.from_numpy(output), tensor) < 1e-4
+
+
+@pytest.mark.parametrize('features', [False, True])
+def test_gradient_checkpointing(model_name, features):
+    kwargs = dict(features_only=True) if features else dict(num_classes=10)
+    model = create(model_name, **kwargs).train()
+    x = picture()
+
+    def step(checkpointing):
+        net = copy.deepcopy(model)
+        net.set_grad_checkpointing(checkpointing)
+        y = net(x)
+        sum(o.square().mean() for o in (y if features else [y])).backward()
+        return y, {name: p.grad for name, p in net.named_parameters()}
+
+    (plain, grads), (checkpointed, grads_again) = step(False), step(True)
+    for a, b in zip(plain if features else [plain], checkpointed if features else [checkpointed]):
+        assert torch.equal(a, b)
+    assert all(torch.allclose(grads[name], grads_again[name], rtol=1e-5, atol=1e-7) for name in grads)
+
+
+def test_odd_size(model_name):
+    model = create(model_name)
+    with torch.no_grad():
+        taps = model.forward_intermediates(picture(1, size=(70, 109)), intermediates_only=True)
+        assert model(picture(1, size=(70, 109))).isfinite().all()
+    for tap, info in zip(taps, model.feature_info):
+        for length, full in zip(tap.shape[-2:], (70, 109)):
+            assert length in (full // info['reduction'], -(-full // info['reduction']))
+
+
+def test_bfloat16_and_channels_last(model_name):
+    model = create(model_name)
+    x = picture()
+    with torch.no_grad():
+        expected = model(x)
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        assert distance(last(x.contiguous(memory_format=torch.channels_last)), expected) < 1e-4
+        half = copy.deepcopy(model).to(torch.bfloat16)(x.to(torch.bfloat16))
+        assert half.dtype == torch.bfloat16 and distance(half, expected) < 0.2
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert distance(model(x), expected) < 0.2
+
+
+def test_reparameterize(model_name):
+    # As timm's scripts do it: on a model that is still in train mode.
+    model = create(model_name)
+    fused = reparameterize_model(copy.deepcopy(model).train()).eval()
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+    x = picture()
+    with torch.no_grad():
+        assert distance(fused(x), model(x)) < 1e-5
+        features = create_model(model_name, features_only=True)
+        features.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('head.')})
+        for a, b in zip(reparameterize_model(features).eval()(x), model.forward_intermediates(x)[1]):
+            assert distance(a, b) < 1e-5
+
+
+def test_sync_batch_norm(model_name):
+    model = create(model_name)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
+    x = picture()
+    with torch.no_grad():
+        assert torch.equal(converted(x), model(x))
+
+
+def test_norm_and_act_layers(model_name):
+    x = picture()
+    frozen = create_model(model_name, norm_layer=FrozenBatchNorm2d, num_classes=4)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
+    assert frozen(x).shape == (2, 4)
+    by_name = create_model(model_name, norm_layer='frozenbatchnorm2d', act_layer='hard_swish', num_classes=4)
+    assert {type(m) for m in by_name.modules()} >= {FrozenBatchNorm2d}
+    assert any('swish' in type(m).__name__.lower() for m in by_name.modules()) and by_name(x).shape == (2, 4)
+    model = create_model(model_name, bn_eps=0.02, bn_momentum=0.3, device='meta')
+    assert {(m.eps, m.momentum) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {(0.02, 0.3)}
+
+
+def test_drop(model_name):
+    model = create(model_name, drop_rate=0.3, drop_path_rate=0.3, drop_block_rate=0.3, num_classes=4)
+    plain = create(model_name, num_classes=4)
+    kinds = {type(m).__name__ for m in model.modules()}
+    assert kinds >= {'DropPath', 'DropBlock2d'}
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    x = picture(size=(128, 128))
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+        assert not torch.equal(model.train()(x), model(x))
+
+
+def test_weights_round_trip(model_name, tmp_path):
+    model = create(model_name, num_classes=6)
+    path = tmp_path / 'model.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    x = picture()
+    with torch.no_grad():
+        expected = model(x)
+        for kwargs in (
+            dict(checkpoint_path=str(path), num_classes=6),
+            dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=6)),
+        ):
+            assert torch.equal(timm.create_model(model_name, **kwargs).eval()(x), expected)
+        adapted = timm.create_model(
+            model_name, pretrained=True, num_classes=3, in_chans=1, pretrained_cfg_overlay=dict(file=str(path))).eval()
+        assert adapted(x[:, :1]).shape == (2, 3)
+        taps = timm.create_model(
+            model_name, pretrained=True, features_only=True, pretrained_cfg_overlay=dict(file=str(path))).eval()(x)
+        assert all(torch.equal(a, b) for a, b in zip(taps, model.forward_intermediates(x)[1]))
