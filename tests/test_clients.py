@@ -12,8 +12,9 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from samples import FAMILIES
 from timm.optim import create_optimizer_v2
+
+from tests.samples import FAMILIES
 
 DOCS = Path(__file__).parents[1] / 'docs' / 'clients.md'
 

@@ -17,9 +17,9 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageDraw
-from samples import FAMILIES, SCRIPT_FAMILIES
 
 import cspnet_timm
+from tests.samples import FAMILIES, SCRIPT_FAMILIES
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 NAMES = ('train', 'validate', 'inference', 'benchmark', 'onnx_export', 'avg_checkpoints')
