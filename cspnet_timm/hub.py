@@ -400,8 +400,8 @@ def _check_license(license: Optional[str], cfg: Dict[str, Any], pretrained: bool
     if license is None:
         info = _weights_info(cfg) if pretrained else None
         license = info.license if info is not None else cfg.get('license') if pretrained else None
-        if not license:
-            what = 'weights that name no licence' if pretrained else 'no pretrained weights'
+        if license in (None, 'unknown'):
+            what = 'weights that name no licence' if pretrained else 'no weights that this package knows'
             raise ValueError(
                 f'license is missing: {cfg["architecture"]} was created with {what}, so that only you know under which '
                 'licence it may be used. Pass its name on the Hub, e.g. license=\'apache-2.0\'.'

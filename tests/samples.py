@@ -3,7 +3,14 @@
 FAMILIES = (
     'cspnet_nano',
     'cspnet_tutorial',
+    'cspnet_mobilenetv2',
+    'cspnet_peleenet',
+    'cspnet_yolox_nano',
+    'cspnet_rtmdet_nano',
+    'cspnet_ppyoloe_t',
+    'cspnet_yolov8n',
+    'cspnet_yolo11n',
 )
 
 # Where each run takes seconds: one of the package's own, one of the paper, one of a detector.
-SCRIPT_FAMILIES = ('cspnet_nano',)
+SCRIPT_FAMILIES = ('cspnet_nano', 'cspnet_mobilenetv2', 'cspnet_rtmdet_nano')

@@ -12,10 +12,10 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import timm
 import torch
-from hub_server import OWNER, READER, Hub
-from samples import FAMILIES
 
 import cspnet_timm
+from tests.hub_server import OWNER, READER, Hub
+from tests.samples import FAMILIES
 
 SMALL = dict(num_classes=5, in_chans=3)
 
@@ -318,9 +318,9 @@ def test_a_process_killed_while_it_uploads_commits_nothing(client, hub, repo, tm
     client(push, repo, seed=1)
     before = dict(hub.repos[repo].files())
     hub.faults['upload_hangs'] = 1
-    code = f'import test_hub; test_hub.push({repo!r}, seed=2)'
+    code = f'from tests import test_hub; test_hub.push({repo!r}, seed=2)'
     with environment(**client_environment(hub, tmp_path / 'home')):
-        paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+        paths = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *filter(None, sys.path)])
         process = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': paths})
     try:
         assert hub.uploading.wait(120)

@@ -17,9 +17,9 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageDraw
-from samples import FAMILIES, SCRIPT_FAMILIES
 
 import cspnet_timm
+from tests.samples import FAMILIES, SCRIPT_FAMILIES
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 NAMES = ('train', 'validate', 'inference', 'benchmark', 'onnx_export', 'avg_checkpoints')
@@ -121,7 +121,7 @@ def test_inference(folder, trained, name):
     pytest.importorskip('pandas', reason='inference.py writes its results by pandas')
     run(folder, 'inference.py', '--data-dir', 'pictures/validation', '--model', name, '--num-classes', 2,
         '--device', 'cpu', '-b', 4, '-j', 0, '--img-size', 64, '--checkpoint', trained(name), '--label-type', 'none',
-        '--fullname', '--topk', 2, '--results-dir', f'inference_{name}')
+        '--fullname', '--topk', 2, '--results-separate-col', '--results-dir', f'inference_{name}')
     table, = (folder / f'inference_{name}').glob('*.csv')
     with table.open() as file:
         rows = list(csv.DictReader(file))

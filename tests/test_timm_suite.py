@@ -9,9 +9,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from samples import FAMILIES
 
 import cspnet_timm
+from tests.samples import FAMILIES
 
 pytestmark = pytest.mark.slow
 
