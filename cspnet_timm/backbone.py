@@ -1,7 +1,7 @@
 """Stem, levels and head: everything that timm and the libraries around it ask of a backbone, written once.
 
 The taps are direct children of the model and have no dots in their names: ``stem``, ``layer1`` … ``layer4``, at strides
-2, 4, 8, 16 and 32. What breaks in detection and segmentation libraries without that is listed in ``docs/design.md``.
+2, 4, 8, 16 and 32. What breaks in detection and segmentation libraries without that is told in ``docs/clients.md``.
 """
 import functools
 import re

@@ -27,11 +27,12 @@ MAX_DIMS = 16
 _ENTRY = 104  # of a dict, at the worst point of its growth
 
 # Whatever these hold becomes a record. Nothing of them is ever imported; the names alone are looked at.
-RECORD_PACKAGES = tuple('''
-    ultralytics models utils yolox mmengine mmcv mmdet mmpose mmpretrain mmcls mmseg mmyolo mmrotate ppdet paddle
-    torch.nn torch.optim torch.amp torch.cuda.amp torchvision.transforms torchvision.ops timm omegaconf addict yacs
-    easydict pytorch_lightning lightning lightning_fabric super_gradients
-'''.split())
+RECORD_PACKAGES = (
+    'ultralytics', 'models', 'utils', 'yolox', 'mmengine', 'mmcv', 'mmdet', 'mmpose', 'mmpretrain', 'mmcls', 'mmseg',
+    'mmyolo', 'mmrotate', 'ppdet', 'paddle', 'torch.nn', 'torch.optim', 'torch.amp', 'torch.cuda.amp',
+    'torchvision.transforms', 'torchvision.ops', 'timm', 'omegaconf', 'addict', 'yacs', 'easydict', 'pytorch_lightning',
+    'lightning', 'lightning_fabric', 'super_gradients',
+)
 RECORD_CLASSES = frozenset(
     [('pathlib', f'{pure}{kind}Path') for pure in ('', 'Pure') for kind in ('Posix', 'Windows', '')]
     + [('datetime', name) for name in ('datetime', 'date', 'time', 'timedelta', 'timezone')]
