@@ -212,9 +212,14 @@ def test_editable_install(tmp_path):
     shutil.copytree(ROOT, source, ignore=IGNORED)
     python = next(environment.glob('bin/python'), environment / 'Scripts' / 'python.exe')
     site_packages = next(environment.rglob('site-packages'))
-    # torch and timm come from the environment that runs the tests
-    here = [p for p in sys.path if p.endswith('site-packages')]
-    (site_packages / 'tests_environment.pth').write_text('\n'.join(here))
+    # torch, timm and what they need come from the environment that runs the tests, without this package.
+    others = tmp_path / 'others'
+    others.mkdir()
+    for folder in (Path(p) for p in sys.path if p.endswith('site-packages')):
+        for entry in folder.iterdir():
+            if 'cspnet_timm' not in entry.name and not (others / entry.name).exists():
+                (others / entry.name).symlink_to(entry)
+    (site_packages / 'tests_environment.pth').write_text(str(others))
     subprocess.run(
         [*PIP, '--python', str(python), 'install', '--no-deps', '--force-reinstall', '-e', str(source)], check=True)
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}

@@ -329,8 +329,9 @@ def test_comparison_refuses(arguments, benchmark, capsys):
 
 # The documentation.
 
-def doc_rows():
+def doc_rows(compared=False):
     text = (Path(__file__).parents[1] / 'docs' / 'paper.md').read_text()
+    text = text.split('## Is it less work?')[int(compared)]
     return [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()
             if line.startswith('| `cspnet_')]
 
@@ -344,6 +345,17 @@ def test_documented_weights():
         assert f'({timm.get_pretrained_cfg(name).origin_url})' in file
         assert info.metrics == dict(top1=float(top1), top5=float(top5), size=int(pixels))
         assert info.license == licence
+
+
+def test_documented_comparison(benchmark):
+    rows = doc_rows(compared=True)
+    assert len(rows) >= 10 and len(rows) % 2 == 0
+    for name, pixels, weights, params, operations, _, traffic, *_ in rows:
+        counts = benchmark.count(name.strip('`'), int(pixels))
+        assert f'{counts["weights"] / 1e6:.2f}' == weights
+        assert f'{counts["params"] / 1e6:.2f}' == params
+        assert f'{counts["operations"] / 1e9:.3f}' == operations
+        assert f'{counts["traffic"] / 1e6:.1f}' == traffic
 
 
 def test_documented_sizes(benchmark):
