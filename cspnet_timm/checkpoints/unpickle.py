@@ -832,7 +832,7 @@ _OPCODES: Dict[int, Callable[[Unpickler], None]] = {
         '\x88': lambda self: self._push_shared(True),
         '\x89': lambda self: self._push_shared(False),
         'J': lambda self: self._push(self._number(4, signed=True)),
-        'K': lambda self: self._push_shared(self._number(1)),
+        'K': lambda self: self._push_shared(self._stream.read(1)[0]),  # Python 3.10 shares no int of from_bytes
         'M': lambda self: self._push(self._number(2)),
         'G': lambda self: self._push(struct.unpack('>d', self._stream.read(8))[0]),
         '\x8a': lambda self: self._long(self._number(1)),
