@@ -492,7 +492,8 @@ def test_pt2e_qat(name):
 
 def snippets():
     text = DOCS.read_text() if DOCS.is_file() else ''
-    return re.findall(r'^### (.+?)\n(?:(?!^### ).*\n)*?```python\n(.*?)```', text, flags=re.MULTILINE | re.DOTALL)
+    sections = [section.split('\n', 1) for section in re.split(r'^### ', text, flags=re.MULTILINE)[1:]]
+    return [(title, code) for title, body in sections for code in re.findall(r'```python\n(.*?)```', body, re.DOTALL)]
 
 
 @pytest.mark.parametrize('title, code', [pytest.param(*s, id=s[0]) for s in snippets()])
