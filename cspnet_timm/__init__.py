@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from . import hub
     from .backbone import CspBackbone
     from .cross_stage import ComposedStage, CrossStage
+    from .deployment import deploy
 
 __version__ = '0.1.0'
-__all__ = ['ComposedStage', 'CrossStage', 'CspBackbone', 'hub', 'register']
+__all__ = ['ComposedStage', 'CrossStage', 'CspBackbone', 'deploy', 'hub', 'register']
 
 _PUBLIC = {
     'ComposedStage': 'cross_stage',
     'CrossStage': 'cross_stage',
     'CspBackbone': 'backbone',
+    'deploy': 'deployment',
 }
 _MODULES = ('hub',)
 

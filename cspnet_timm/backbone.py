@@ -14,6 +14,7 @@ from timm.layers import ClassifierHead, DropBlock2d, calculate_drop_path_rates, 
 from timm.models import checkpoint, named_apply
 from timm.models._features import feature_take_indices
 
+from .cross_stage import ComposedStage
 from .layers import ActLayer, NormLayer, bind_norm_layer
 
 __all__ = ['BackboneCfg', 'CspBackbone', 'Level', 'LevelArgs', 'StateDict']
@@ -240,12 +241,15 @@ class CspBackbone(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the levels' inputs for the backward pass and compute the rest again.
+        """Keep only the inputs of blocks and of stages' parts for the backward pass, and compute the rest again.
 
         Args:
             enable: Turn it on or off.
         """
         self.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, ComposedStage):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -297,7 +301,7 @@ class CspBackbone(nn.Module):
             levels = self.levels()
             take_indices, max_index = feature_take_indices(len(levels), indices)
             for i, level in enumerate(levels[:max_index + 1] if stop_early else levels):
-                x = checkpoint(level, x) if self.grad_checkpointing else level(x)
+                x = _checkpointed(level, x) if self.grad_checkpointing else level(x)
                 if i in take_indices:
                     intermediates.append(x)
         if intermediates_only:
@@ -361,7 +365,7 @@ class CspBackbone(nn.Module):
         if torch.jit.is_scripting():
             return self._scripted_levels(x)[-1]
         for level in self.levels():
-            x = checkpoint(level, x) if self.grad_checkpointing else level(x)
+            x = _checkpointed(level, x) if self.grad_checkpointing else level(x)
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -379,6 +383,16 @@ class CspBackbone(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Classify pictures ``(B, in_chans, H, W)``: ``(B, num_classes)``."""
         return self.forward_head(self.forward_features(x))
+
+
+def _checkpointed(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(module, ComposedStage):
+        return module(x)  # which checkpoints its parts
+    if type(module) is nn.Sequential:
+        for child in module:
+            x = _checkpointed(child, x)
+        return x
+    return checkpoint(module, x)
 
 
 def _drop_block(rate: float, levels_behind: int) -> Optional[Callable[[], nn.Module]]:

@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Optional, Union
 
 import torch
 import torch.nn as nn
+from timm.models import checkpoint, checkpoint_seq
 
 from .layers import ActLayer, ChannelSlice, ConvNormAct, NormLayer
 
@@ -51,10 +52,21 @@ class ComposedStage(nn.Module):
         self.transition = transition if transition is not None else nn.Identity()
         self.bypass = bypass if bypass is not None else nn.Identity()
         self.merge = merge if merge is not None else nn.Identity()
+        self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Partition, transform, merge."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return self._checkpointed(x)
         return self.merge(torch.cat([self.transition(self.blocks(self.entry(x))), self.bypass(x)], dim=1))
+
+    @torch.jit.ignore
+    def _checkpointed(self, x: torch.Tensor) -> torch.Tensor:
+        # A part at a time: the stages at a network's beginning hold most of its maps, and one whole is too much.
+        y = checkpoint(self.entry, x)
+        y = checkpoint_seq(self.blocks, y) if isinstance(self.blocks, nn.Sequential) else checkpoint(self.blocks, y)
+        y = checkpoint(self.transition, y)
+        return checkpoint(lambda y, x: self.merge(torch.cat([y, x], dim=1)), y, checkpoint(self.bypass, x))
 
 
 class CrossStage(ComposedStage):

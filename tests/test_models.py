@@ -9,6 +9,7 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.layers import BatchNormAct2d
 from timm.models import create_model, group_parameters, reparameterize_model
+from torch.distributed._tools.mem_tracker import MemTracker
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -239,6 +240,16 @@ def test_compile(model_name):
             assert distance(compiled(x), model(x)) < 1e-5
 
 
+def test_compile_for_training(model_name):
+    """The second batch size makes the graph dynamic, and no other compiles again."""
+    model = create_model(model_name, num_classes=10).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    for i, batch in enumerate((4, 2, 3, 5, 8)):
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            compiled(picture(batch)).square().mean().backward()
+
+
 class Everything(nn.Module):
     """Logits and maps of one model, so that one export shows both."""
 
@@ -293,6 +304,23 @@ def test_gradient_checkpointing(model_name, features):
     for a, b in zip(plain if features else [plain], checkpointed if features else [checkpointed]):
         assert torch.equal(a, b)
     assert all(torch.allclose(grads[name], grads_again[name], rtol=1e-5, atol=1e-7) for name in grads)
+
+
+def test_gradient_checkpointing_saves_memory(model_name):
+    """What a step holds beside parameters and gradients is at most half."""
+
+    def peak(checkpointing):
+        model = create_model(model_name, num_classes=10).train()
+        model.set_grad_checkpointing(checkpointing)
+        x = picture(4, size=(128, 128))
+        tracker = MemTracker()
+        tracker.track_external(model, x)
+        with tracker:
+            model(x).square().mean().backward()
+        sizes, = tracker.get_tracker_snapshot('peak').values()
+        return sum(size for kind, size in sizes.items() if str(kind).split('.')[-1] in ('ACT', 'TEMP'))
+
+    assert 0 < peak(True) < 0.5 * peak(False)
 
 
 def test_odd_size(model_name):

@@ -1,0 +1,391 @@
+"""The fastest callable of a model: equal to the model, in every form, of every backend, from a file and in a new process."""
+import copy
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.models import reparameterize_model
+
+from cspnet_timm import deploy
+from cspnet_timm.deployment import Deployed, DeployError
+from cspnet_timm.deployment.backends import BACKENDS, Arrangement
+from cspnet_timm.deployment.forms import FORMS, join_partitions, regroup, split_merges
+from cspnet_timm.deployment.machine import native_precisions
+from cspnet_timm.deployment.quantize import quantize
+from tests.zoo import create, distance
+
+CPU = torch.device('cpu')
+DATA = [name for name, backend in BACKENDS.items() if not backend.runs_code]
+# What rounding may make of a network with random statistics.
+BOUNDS = {'float32': 1e-4, 'bfloat16': 0.05, 'int8': 0.2}
+CASES = [
+    pytest.param(name, precision, marks=pytest.mark.slow if name == 'inductor' else ())
+    for name, backend in BACKENDS.items() for precision in BOUNDS if precision in backend.precisions(CPU)
+]
+
+
+def picture(batch=2, size=(64, 64)):
+    return torch.randn(batch, 3, *size)
+
+
+def needs(backend):
+    reason = BACKENDS[backend].unavailable(CPU)
+    if reason is not None:
+        pytest.skip(f'{backend}: {reason}')
+
+
+def quick(model, example, **kwargs):
+    """Deploy with the shortest measurement."""
+    if kwargs.get('precision') == 'int8':
+        kwargs.setdefault('calibration', [example])
+    return deploy(model, example, seconds=0.01, progress=False, **kwargs)
+
+
+def differences(a, b):
+    return [distance(p, q) for p, q in zip(a, b)] if isinstance(b, (list, tuple)) else [distance(a, b)]
+
+
+# Forms
+
+
+def test_forms(model_name):
+    model = reparameterize_model(create(model_name))
+    keys = list(model.state_dict())
+    x = picture()
+    with torch.no_grad():
+        expected = model(x)
+        for form in FORMS.values():
+            changed = form(model)
+            if changed is not None:
+                assert distance(changed(x), expected) < 1e-5
+                assert list(changed.state_dict()) != keys or form is regroup
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize('name, form, count', [
+    ('cspnet_nano', join_partitions, 4), ('cspnet_nano', split_merges, 4),
+    ('cspnet_yolo11n', join_partitions, None), ('cspnet_plain_resnext50', regroup, 10),
+])
+def test_what_a_form_changes(name, form, count):
+    model = reparameterize_model(timm.create_model(name).eval())
+    changed = form(model)
+    kinds = {join_partitions: 'JointStage', split_merges: 'SplitStage'}
+    if form is regroup:
+        narrow = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+        wide = [m for m in changed.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+        assert min(m.in_channels // m.groups for m in narrow) == 4
+        assert {m.in_channels // m.groups for m in wide} == {32}
+        assert sum(m.groups != n.groups for m, n in zip(narrow, wide)) == 13  # all but those of the last level
+    else:
+        found = [m for m in changed.modules() if type(m).__name__ == kinds[form]]
+        assert found and count in (None, len(found))
+    x = picture()
+    with torch.no_grad():
+        assert distance(changed(x), model(x)) < 1e-5
+
+
+def test_regroup_keeps_what_it_cannot_widen():
+    for conv in (nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 3), nn.Conv2d(96, 96, 3, groups=3)):
+        assert regroup(nn.Sequential(conv)) is None
+    conv = nn.Sequential(nn.Conv2d(36, 72, 3, groups=6, stride=2, bias=False))  # 6 in, 12 out: two fit into 32
+    x = torch.randn(1, 36, 9, 9)
+    wide = regroup(conv)
+    assert wide[0].groups == 3 and wide[0].bias is None
+    assert torch.allclose(wide(x), conv(x), atol=1e-5)
+
+
+# Backends
+
+
+@pytest.mark.parametrize('backend, precision', CASES)
+def test_backend(backend, precision, tmp_path):
+    needs(backend)
+    model = create('cspnet_nano', num_classes=7)
+    example = picture(5)
+    deployed = quick(model, example, backend=backend, precision=precision)
+    report = deployed.report
+    assert (report.backend, report.precision, report.shape) == (backend, precision, [5, 3, 64, 64])
+    assert report.milliseconds > 0 and report.original_milliseconds > 0 and report.speedup > 0
+    with torch.no_grad():
+        assert report.differences == pytest.approx([distance(deployed(example), model(example))], rel=0.3)
+        for batch in (1, 2, 5, 11):
+            x = picture(batch)
+            y = deployed(x)
+            assert y.shape == (batch, 7) and y.dtype == torch.float32
+            assert distance(y, model(x)) < BOUNDS[precision], batch
+            last = deployed(x.contiguous(memory_format=torch.channels_last))
+            assert distance(last, y) < 1e-6
+            assert distance(deployed(torch.flip(x, [0])), torch.flip(y, [0])) < 1e-2  # every row has its picture
+
+    path = tmp_path / 'network.bin'
+    deployed.save(path)
+    assert [f.name for f in tmp_path.iterdir()] == ['network.bin']
+    if backend not in DATA:
+        with pytest.raises(DeployError, match='allow_code=True'):
+            deploy.load(path)
+    x = picture(3)
+    torch.save(x, tmp_path / 'x.pt')
+    code = (
+        'import sys, torch\n'
+        'from cspnet_timm import deploy\n'
+        f'network = deploy.load({str(path)!r}, allow_code=True)\n'
+        f'x = torch.load({str(tmp_path / "x.pt")!r})\n'
+        f'torch.save([network(x), network(x[:1])], {str(tmp_path / "y.pt")!r})\n'
+        f'assert network.report.backend == {backend!r}\n'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=300)
+    whole, first = torch.load(tmp_path / 'y.pt')
+    assert distance(whole, deployed(x)) < 1e-6 and distance(first, deployed(x[:1])) < 1e-6
+
+
+@pytest.mark.parametrize('backend', DATA)
+def test_features(backend):
+    needs(backend)
+    model = create('cspnet_yolov8n', features_only=True, out_indices=(1, 2, 4))
+    deployed = quick(model, picture(), backend=backend, precision='float32')
+    x = picture(3)
+    with torch.no_grad():
+        expected = model(x)
+    outputs = deployed(x)
+    assert isinstance(outputs, list) and len(outputs) == len(deployed.report.differences) == 3
+    assert max(differences(outputs, expected)) < 1e-4
+
+
+def test_every_structure(model_name):
+    """Logits of every structure, in the precision that is chosen by default."""
+    needs('openvino')
+    model = create(model_name)
+    x = picture()
+    deployed = quick(model, x, backend='openvino')
+    with torch.no_grad():
+        assert distance(deployed(x), model(x)) < BOUNDS[deployed.report.precision]
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'cs3darknet_focus_s'])
+def test_any_model_of_timm(name):
+    needs('openvino')
+    model = create(name, num_classes=5)
+    deployed = quick(model, picture(), backend='openvino', precision='float32')
+    x = picture(3)
+    with torch.no_grad():
+        assert distance(deployed(x), model(x)) < 1e-4
+
+
+def test_a_model_is_left_as_it_was():
+    model = timm.create_model('cspnet_nano', num_classes=3)
+    before = copy.deepcopy(model.state_dict())
+    quick(model, picture(), backend='eager')
+    assert model.training and all(m.training for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_the_fastest_is_chosen(capsys):
+    names = [name for name in ('openvino', 'onnxruntime', 'eager') if BACKENDS[name].unavailable(CPU) is None]
+    model = create('cspnet_nano')
+    deployed = deploy(model, picture(4), backend=names, seconds=0.05)
+    report = deployed.report
+    measured = [c for c in report.candidates if 'milliseconds' in c]
+    assert {c['backend'] for c in measured} == set(names)
+    if report.backend in DATA:  # its other forms were tried
+        assert {form for c in measured for form in c['forms']} >= {'join_partitions', 'split_merges'}
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == len(report.candidates) + 1 and all(line.startswith('deploy: ') for line in printed)
+    assert report.backend in str(report) and f'{report.milliseconds:.2f} ms' in str(report)
+    assert 'float32' in report.machine['precisions']
+    quick(model, picture(), backend='eager')
+    assert not capsys.readouterr().err
+
+
+def test_arrangements():
+    converted = object.__new__(BACKENDS['openvino'])
+    assert converted.arrangements(8, 2) == [Arrangement(2, 4), Arrangement(2, 2), Arrangement(1, 8)]
+    assert converted.arrangements(1, 2) == [Arrangement(1, 1)]
+    assert converted.arrangements(7, 1) == [Arrangement(1, 7)]
+    assert converted.arrangements(32, 16)[0] == Arrangement(16, 2)
+
+
+def test_int8_is_calibrated():
+    model = reparameterize_model(create('cspnet_nano'))
+    x = picture(8)
+    with torch.no_grad():
+        expected = model(x)
+        same, wider = quantize(model, [x]), quantize(model, [x * 40])
+        assert distance(same(x), expected) < 0.15
+        assert distance(same(x), expected) < distance(wider(x), expected)
+        rectified = quantize(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 8, 1)), [x])
+        assert rectified[1].range == (0, 255) and same.stem.conv1.conv.range == (-128, 127)
+    assert not any('scale' in key for key in model.state_dict())
+
+
+# Errors, before any work
+
+
+@pytest.mark.parametrize('kwargs, error, message', [
+    (dict(precision='float8'), ValueError, r"precision='float8' .*'int8'"),
+    (dict(backend='tensorflow'), ValueError, r"backend='tensorflow' .*'openvino'"),
+    (dict(backend=()), ValueError, 'names none'),
+    (dict(precision='int8', calibration=None), ValueError, 'pass calibration'),
+    (dict(precision='float32', calibration=[torch.zeros(1, 3, 64, 64)]), ValueError, 'calibration is for'),
+    (dict(precision='float16'), DeployError, r"precision='float16' cannot be had: this machine"),
+    (dict(backend='eager', precision='int8', calibration=[]), DeployError, 'int8'),
+    (dict(threads=0), ValueError, 'threads=0'),
+    (dict(backend='eager', precision='float32', max_difference=0.), DeployError, 'differs from the model'),
+])
+def test_arguments(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        quick(timm.create_model('cspnet_nano').bfloat16().float(), picture(), **kwargs)
+
+
+@pytest.mark.parametrize('example, message', [
+    (torch.zeros(3, 64, 64), r'\(B, C, H, W\).*\(3, 64, 64\)'), (torch.zeros(1, 3, 64, 64).byte(), 'uint8'),
+    (torch.zeros(0, 3, 64, 64), 'no picture'), ([1], 'not list'), (torch.zeros(1, 3, 64, 64, device='meta'), 'is on meta'),
+])
+def test_examples(example, message):
+    with pytest.raises(ValueError, match=message):
+        quick(timm.create_model('cspnet_nano'), example)
+
+
+def test_inputs():
+    deployed = quick(create('cspnet_nano'), picture(), backend='eager')
+    for x, message in (
+        (picture(size=(64, 96)), r'\(2, 3, 64, 96\).*\(B, 3, 64, 64\)'), (picture()[:0], 'at least 1'),
+        (picture()[0], r'\(B, C, H, W\)'), (picture().to('meta'), 'is on meta'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            deployed(x)
+
+
+def test_calibration_data():
+    needs('openvino')
+    if 'int8' not in native_precisions(CPU):
+        pytest.skip('this processor has no int8 arithmetic')
+    model = timm.create_model('cspnet_nano')
+    for calibration, message in (([], 'calibration is empty'), ([torch.zeros(3)], r'not \(3,\)'), ([1], 'not int')):
+        with pytest.raises(ValueError, match=message):
+            quick(model, picture(), precision='int8', calibration=calibration)
+
+
+def test_models_that_cannot_be_deployed():
+    class Dictionary(nn.Module):
+        def forward(self, x):
+            return {'y': x}
+
+    with pytest.raises(ValueError, match='dict'):
+        quick(Dictionary(), picture())
+    with pytest.raises(ValueError, match='nn.Module'):
+        quick(torch.relu, picture())
+
+
+def test_a_backend_that_is_not_installed(monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'openvino' else find(name))
+    with pytest.raises(DeployError, match=r'openvino is not installed: pip install "cspnet-timm\[deploy\]"'):
+        quick(timm.create_model('cspnet_nano'), picture(), backend='openvino')
+    monkeypatch.setenv('PATH', '')
+    monkeypatch.delenv('CXX', raising=False)
+    with pytest.raises(DeployError, match='compiler'):
+        quick(timm.create_model('cspnet_nano'), picture(), backend='inductor')
+
+
+def test_a_backend_that_does_not_take_the_model(monkeypatch):
+    def convert(model, example, precision):
+        raise NotImplementedError('aten::strange\nmore')
+
+    monkeypatch.setattr(BACKENDS['openvino'], 'convert', staticmethod(convert))
+    monkeypatch.setattr(BACKENDS['openvino'], 'unavailable', classmethod(lambda cls, device: None))
+    model = timm.create_model('cspnet_nano')
+    with pytest.raises(DeployError, match=r'openvino .*: NotImplementedError: aten::strange$'):
+        quick(model, picture(), backend='openvino')
+    report = quick(model, picture(), backend=('openvino', 'eager')).report
+    assert report.backend == 'eager' and report.candidates[0]['note'] == 'NotImplementedError: aten::strange'
+
+
+# Files of strangers
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    needs('onnxruntime')
+    path = tmp_path_factory.mktemp('deployed') / 'network.bin'
+    quick(create('cspnet_nano'), picture(), backend='onnxruntime').save(path)
+    return path
+
+
+def rewritten(source, target, compression=zipfile.ZIP_STORED, **report):
+    """A copy of a file with another report."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, 'w', compression) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == 'deploy.json':
+                meta = json.loads(content)
+                meta['report'].update(report)
+                content = json.dumps(meta)
+            new.writestr(name, content)
+    return target
+
+
+def test_damaged_files(saved, tmp_path):
+    whole = saved.read_bytes()
+    bad = tmp_path / 'bad.bin'
+    middle = bytearray(whole)
+    middle[len(whole) // 2] ^= 1
+    for content in (whole[:-100], whole[:1000], b'', b'PK', bytes(middle)):
+        bad.write_bytes(content)
+        with pytest.raises(DeployError, match='damaged'):
+            deploy.load(bad)
+    with pytest.raises(FileNotFoundError):
+        deploy.load(tmp_path / 'none.bin')
+
+
+@pytest.mark.parametrize('report, message', [
+    (dict(backend='shell'), 'shell'), (dict(shape=[1, 3, 1 << 20, 64]), 'shape'), (dict(shape='big'), 'shape'),
+    (dict(threads=0), '0 threads'), (dict(arrangement='2'), 'damaged'), (dict(arrangement='0 × 4'), 'damaged'),
+    (dict(surprise=1), 'damaged'), (dict(shape=[2, 3, 32, 32, 1]), 'shape'), (dict(precision='int4'), 'int4'),
+    (dict(backend='openvino'), 'cannot load it'), (dict(shape=[2, 5, 64, 64]), 'cannot load it'),
+    (dict(backend='inductor'), 'allow_code'), (dict(precision='float16'), 'this machine'),
+])
+def test_descriptions(saved, tmp_path, report, message):
+    with pytest.raises(DeployError, match=message):
+        Deployed.load(rewritten(saved, tmp_path / 'bad.bin', **report))
+
+
+def test_a_compressed_file(saved, tmp_path):
+    with pytest.raises(DeployError, match='compressed'):
+        deploy.load(rewritten(saved, tmp_path / 'bad.bin', compression=zipfile.ZIP_DEFLATED))
+
+
+def test_saving_loses_nothing(tmp_path, monkeypatch):
+    deployed = quick(create('cspnet_nano'), picture(), backend='eager')
+    path = tmp_path / 'network.bin'
+    path.write_bytes(b'before')
+
+    def parts():
+        raise OSError('no space left')
+
+    monkeypatch.setattr(deployed._converted, 'parts', parts)
+    with pytest.raises(OSError, match='no space'):
+        deployed.save(path)
+    assert path.read_bytes() == b'before' and [f.name for f in tmp_path.iterdir()] == ['network.bin']
+
+
+# A GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+@pytest.mark.parametrize('backend', ['inductor', 'eager'])
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'float16'])
+def test_gpu(backend, precision):
+    model = create('cspnet_nano').cuda()
+    deployed = quick(model, picture(4).cuda(), backend=backend, precision=precision)
+    for batch in (1, 4, 7):
+        x = picture(batch).cuda()
+        with torch.no_grad():
+            assert distance(deployed(x), model(x)) < BOUNDS.get(precision, 0.05)
