@@ -339,22 +339,17 @@ def plot(report: Dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150, format=path.suffix.lstrip('.'))
 
 
-def write(report: Dict[str, Any], folder: Path) -> List[Path]:
-    """Write the report's three files, each whole or not at all.
+def write_files(writers: Dict[str, Callable[[Path], Any]], folder: Path) -> List[Path]:
+    """Write files, each whole or not at all.
 
     Args:
-        report: What :func:`compare` returned.
+        writers: By file name, what writes the file at a path.
         folder: Where to; it is created.
 
     Returns:
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    writers: Dict[str, Callable[[Path], Any]] = {
-        'paper.json': lambda path: path.write_text(json.dumps(report, indent=2) + '\n'),
-        'paper.md': lambda path: path.write_text(markdown(report)),
-        'paper.png': lambda path: plot(report, path),
-    }
     for name, writer in writers.items():
         temporary = folder / f'.{os.getpid()}.{name}'
         try:
@@ -363,6 +358,23 @@ def write(report: Dict[str, Any], folder: Path) -> List[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     return [folder / name for name in writers]
+
+
+def write(report: Dict[str, Any], folder: Path) -> List[Path]:
+    """Write the report's three files.
+
+    Args:
+        report: What :func:`compare` returned.
+        folder: Where to; it is created.
+
+    Returns:
+        The files.
+    """
+    return write_files({
+        'paper.json': lambda path: path.write_text(json.dumps(report, indent=2) + '\n'),
+        'paper.md': lambda path: path.write_text(markdown(report)),
+        'paper.png': lambda path: plot(report, path),
+    }, folder)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -1,0 +1,78 @@
+"""benchmarks/speed.py: what it writes, and that it writes nothing when the machine is busy."""
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module('speed')
+    monkeypatch.setitem(module.PAIRS, 'nano', ('cspnet_nano', 'cspnet_nano'))
+    yield module
+    for name in ('speed', 'paper'):
+        sys.modules.pop(name, None)
+
+
+def arguments(out, *more):
+    return ['--pairs', 'nano', '--own', 'cspnet_nano', '--batches', '2', '--sizes', '64', '--resolutions', '64', '96',
+            '--seconds', '0.01', '--rounds', '3', '--no-compile', '--out', str(out), *more]
+
+
+def test_report(speed, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('matplotlib')
+    monkeypatch.setattr(speed, 'busy_fraction', lambda: 0.5)
+    speed.main(arguments(tmp_path, '--allow-busy', '--sections', 'routes', 'resolution', 'throughput', 'training'))
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        'speed.json', 'speed.md', 'speed_latency.png', 'speed_roofline.png', 'speed_throughput.png']
+    report = json.loads((tmp_path / 'speed.json').read_text())
+    assert report['busy'] and 'mean nothing' in (tmp_path / 'speed.md').read_text()
+    assert report['rates']['bytes_per_second'] > 1e8 and report['rates']['operations_per_second']['float32'] > 1e8
+    cases = report['cases']
+    assert {c['section'] for c in cases} == {'routes', 'resolution', 'throughput', 'training'}
+    assert {c['task'] for c in cases} == {'forward', 'features', 'training'}
+    assert all(ms > 0 for c in cases for ms in c['milliseconds'].values())
+    for case in cases:
+        if case['section'] == 'routes':
+            assert {'ours deploy'} < set(case['milliseconds'])
+            assert case['chosen']['difference'] < (0.5 if case['precision'] == 'int8' else 0.1)
+            assert case['flops'] == 2 * pytest.approx(0.16e9 * 2 * 64 ** 2 / 256 ** 2, rel=0.1)
+    table = (tmp_path / 'speed.md').read_text()
+    assert '`cspnet_nano`' in table and report['machine']['device'] in table
+    assert 'Wrote' in capsys.readouterr().out
+
+
+def test_the_pairs_are_the_same_networks(speed):
+    for own, other in speed.PAIRS.values():
+        counts = [speed.count(name, 64) for name in (own, other)]
+        assert counts[0]['weights'] == pytest.approx(counts[1]['weights'], rel=0.02), own
+        assert counts[0]['flops'] == pytest.approx(counts[1]['flops'], rel=0.02), own
+
+
+def test_a_busy_machine(speed, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, 'busy_fraction', lambda: 0.5)
+    with pytest.raises(SystemExit, match='busy: 50%'):
+        speed.main(arguments(tmp_path / 'none'))
+    assert not (tmp_path / 'none').exists()
+
+
+def test_busy_fraction(speed):
+    busy = speed.busy_fraction(0.2)
+    assert busy is None or 0 <= busy <= 1
+
+
+@pytest.mark.parametrize('more, message', [
+    (['--rounds', '0'], 'rounds'), (['--batches', '0'], 'batches'), (['--sections', 'colour'], 'colour'),
+    (['--pairs', 'vgg'], 'vgg'),
+])
+def test_arguments(speed, tmp_path, more, message, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(arguments(tmp_path, *more))
+    assert message in capsys.readouterr().err
