@@ -363,11 +363,14 @@ def test_grad_cam(name):
     assert heat.shape == (5, 128, 128) and heat.min() >= 0 and 0.5 < heat.max() <= 1
 
 
-# torch-pruning follows neither a channel split, nor a depthwise convolution with several outputs per channel, nor an
-# attention's reshapes.
+# torch-pruning follows neither a channel split, nor a depthwise convolution with several outputs per channel; with an
+# attention's reshapes it does not come to an end, so that cspnet_yolo11n is not tried.
 @needs('torch_pruning')
-@pytest.mark.parametrize('name', sorted({*FAMILIES} - {
-    'cspnet_tutorial', 'cspnet_peleenet', 'cspnet_mobilenetv2', 'cspnet_yolo11n'}))
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.xfail(raises=IndexError, strict=True))
+    if name in ('cspnet_peleenet', 'cspnet_mobilenetv2') else name
+    for name in FAMILIES if name != 'cspnet_yolo11n'
+])
 def test_torch_pruning(name):
     import torch_pruning as tp
 

@@ -140,8 +140,9 @@ def test_inference(folder, trained, name):
 @pytest.mark.parametrize('name', SCRIPT_FAMILIES)
 @pytest.mark.parametrize('options', [('inference',), ('train',), ('inference', '--reparam')], ids=' '.join)
 def test_benchmark(folder, name, options):
-    found = results(run(folder, 'benchmark.py', '--model', name, '--device', 'cpu', '-b', 2, '--img-size', 64,
-                        '--num-warm-iter', 1, '--num-bench-iter', 5, '--bench', *options))
+    # --num-classes, because the script cannot train a model whose weights have no classifier, as a detector's have not.
+    found = results(run(folder, 'benchmark.py', '--model', name, '--num-classes', 2, '--device', 'cpu', '-b', 2,
+                        '--img-size', 64, '--num-warm-iter', 1, '--num-bench-iter', 5, '--bench', *options))
     assert found['model'] == name
     rate, = (v for k, v in found.items() if k in ('infer_samples_per_sec', 'train_samples_per_sec'))
     assert rate > 0
@@ -225,7 +226,7 @@ def released(folder):
         yield {**client_environment(hub, folder / 'hf_home'), 'TORCH_HOME': str(folder / 'torch_home')}
 
 
-@pytest.mark.parametrize('command', README)
+@pytest.mark.parametrize('command', README, ids=lambda command: re.search(r'(?:torchrun.*)?\w+\.py', command)[0])
 def test_commands_of_the_readme(folder, released, command):
     """As printed, but on the CPU, for two processes and an epoch; SyncBN is for GPUs alone."""
     program, *arguments = shlex.split(command)
@@ -239,7 +240,10 @@ def test_commands_of_the_readme(folder, released, command):
         options += ['--epochs', '1', '--warmup-epochs', '0', '--output', 'runs']
     log = run(folder, *arguments, *options, launcher=launcher, **released)
     assert 'Loading pretrained weights' in log
-    assert 'Eval' in log or 0 <= results(log)['top1'] <= 100
+    if arguments[0] == 'train.py':
+        assert 'Best metric' in log
+    else:
+        assert 0 <= results(log)['top1'] <= 100
 
 
 def test_the_readme_shows_the_scripts():
