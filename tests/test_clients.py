@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2
 
-from tests.samples import FAMILIES
+from tests.samples import FAMILIES, SCRIPT_FAMILIES
 
 DOCS = Path(__file__).parents[1] / 'docs' / 'clients.md'
 
@@ -26,10 +26,10 @@ pytestmark = pytest.mark.filterwarnings('ignore')  # what the libraries warn of 
 
 
 def needs(*libraries):
-    return pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in libraries),
-        reason=f'{", ".join(libraries)} is not installed: pip install "cspnet-timm[clients]"',
-    )
+    """Skip without a library; fastai and anomalib are not in the extra ``clients``, for what they bring."""
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    wanted = ' '.join(missing) if {*missing} <= {'fastai', 'anomalib'} else '"cspnet-timm[clients]"'
+    return pytest.mark.skipif(bool(missing), reason=f'{", ".join(missing)} is not installed: pip install {wanted}')
 
 
 def seeded(build):
@@ -363,11 +363,14 @@ def test_grad_cam(name):
     assert heat.shape == (5, 128, 128) and heat.min() >= 0 and 0.5 < heat.max() <= 1
 
 
-# torch-pruning follows neither a channel split, nor a depthwise convolution with several outputs per channel, nor an
-# attention's reshapes.
+# torch-pruning follows neither a channel split, nor a depthwise convolution with several outputs per channel; with an
+# attention's reshapes it does not come to an end, so that cspnet_yolo11n is not tried.
 @needs('torch_pruning')
-@pytest.mark.parametrize('name', sorted({*FAMILIES} - {
-    'cspnet_tutorial', 'cspnet_peleenet', 'cspnet_mobilenetv2', 'cspnet_yolo11n'}))
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.xfail(raises=IndexError, strict=True))
+    if name in ('cspnet_peleenet', 'cspnet_mobilenetv2') else name
+    for name in FAMILIES if name != 'cspnet_yolo11n'
+])
 def test_torch_pruning(name):
     import torch_pruning as tp
 
@@ -406,22 +409,7 @@ def assert_same(found, expected):
 
 SIZES = [(2, 64, 64), (1, 96, 64), (3, 64, 128)]
 
-
-@needs('onnxruntime', 'onnxscript')
-@pyramids
-def test_onnx_runtime(name, tmp_path):
-    import onnxruntime
-
-    model = seeded(lambda: Maps(name)).eval()
-    dynamic = torch.export.Dim.DYNAMIC
-    torch.onnx.export(
-        model, (pictures(),), tmp_path / 'model.onnx', dynamo=True, input_names=['x'],
-        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
-    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
-    for batch, height, width in SIZES:
-        x = torch.randn(batch, 3, height, width)
-        with torch.no_grad():
-            assert_same(session.run(None, {'x': x.numpy()}), model(x))
+# ONNX Runtime has classifier and maps of every structure in tests/test_models.py.
 
 
 @needs('openvino')
@@ -469,7 +457,7 @@ def test_pt2e_static_int8(name):
 
 @needs('torchao')
 @pyramids
-def test_pt2e_qat(name):
+def test_pt2e_qat(name, pytestconfig):
     from torchao.quantization.pt2e import move_exported_model_to_eval
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
@@ -483,9 +471,10 @@ def test_pt2e_qat(name):
         optimizer.step()
     assert loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in prepared.parameters())
-    converted = convert_pt2e(prepared)
-    move_exported_model_to_eval(converted)
-    assert converted(pictures()).isfinite().all()
+    if name in SCRIPT_FAMILIES or pytestconfig.getoption('--all-models'):  # torchao takes its time, whatever the model
+        converted = convert_pt2e(prepared)
+        move_exported_model_to_eval(converted)
+        assert converted(pictures()).isfinite().all()
 
 
 # The table

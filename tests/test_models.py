@@ -219,17 +219,6 @@ def test_fx(model_name):
         assert distance(traced(x), model(x)) < 1e-6
 
 
-def test_export(model_name):
-    model = create(model_name)
-    dynamic = torch.export.Dim.DYNAMIC
-    # A map of one pixel would be taken for a constant, and the elastic nets halve the last level's once more.
-    example = (picture(2, size=(128, 128)),)
-    program = torch.export.export(model, example, dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
-    x = picture(3, size=(96, 128))
-    with torch.no_grad():
-        assert distance(program.module()(x), model(x)) < 1e-5
-
-
 def test_compile(model_name):
     model = create(model_name)
     torch._dynamo.reset()  # all models share one forward, and the number of its versions is limited
@@ -262,29 +251,31 @@ class Everything(nn.Module):
         return (self.model.forward_head(features), *maps)
 
 
-def test_onnx(model_name, tmp_path):
+def test_export_and_onnx(model_name, tmp_path):
+    model = Everything(create(model_name)).eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    # A map of one pixel would be taken for a constant, and the elastic nets halve the last level's once more.
+    example = (picture(2, size=(128, 128)),)
+    program = torch.export.export(model, example, dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+    x = picture(3, size=(96, 192))
+    with torch.no_grad():
+        expected, outputs = model(x), program.module()(x)
+    assert len(outputs) == len(expected) >= 5
+    assert all(distance(a, b) < 1e-5 for a, b in zip(outputs, expected))
+
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
-    model = Everything(create(model_name)).eval()
     path = tmp_path / 'model.onnx'
-    example = (picture(2, size=(128, 128)),)
     if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 9):
-        dynamic = torch.export.Dim.DYNAMIC
-        torch.onnx.export(
-            model, example, path, dynamo=True, verbose=False,
-            dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+        torch.onnx.export(program, (), path, dynamo=True, verbose=False)
     else:  # today's onnxscript no longer fits the exporter of then
         torch.onnx.export(
             model, example, path, opset_version=17, input_names=['x'],
             dynamic_axes={'x': {0: 'batch', 2: 'height', 3: 'width'}})
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    x = picture(3, size=(96, 192))
     outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    with torch.no_grad():
-        expected = model(x)
-    assert len(outputs) == len(expected) >= 5
-    for output, tensor in zip(outputs, expected):
-        assert distance(torch.from_numpy(output), tensor) < 1e-4
+    assert len(outputs) == len(expected)
+    assert all(distance(torch.from_numpy(a), b) < 1e-4 for a, b in zip(outputs, expected))
 
 
 @pytest.mark.parametrize('features', [False, True])

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,15 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save
 
 import cspnet_timm
+from tests.foreign import openmmlab_file
+from tests.hub_server import Hub
+from tests.parity import load_fixture
 from tests.samples import FAMILIES, SCRIPT_FAMILIES
+from tests.test_hub import client_environment
+from tests.test_readme import code
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 NAMES = ('train', 'validate', 'inference', 'benchmark', 'onnx_export', 'avg_checkpoints')
@@ -55,11 +62,12 @@ def draw_pictures(root):
                 picture.save(root / split / kind / f'{split}_{kind}_{i}.png')  # the scripts want unique names
 
 
-def run(folder, *command, launcher=()):
+def run(folder, *command, launcher=(), **environment):
     packages = [str(Path(cspnet_timm.__file__).parents[1]), os.environ.get('PYTHONPATH', '')]
     result = subprocess.run(
         [sys.executable, *launcher, *map(str, command)], cwd=folder, capture_output=True, text=True, timeout=600,
-        env={**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(packages)},
+        env={**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(packages),
+             **environment},
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout + result.stderr
@@ -132,8 +140,9 @@ def test_inference(folder, trained, name):
 @pytest.mark.parametrize('name', SCRIPT_FAMILIES)
 @pytest.mark.parametrize('options', [('inference',), ('train',), ('inference', '--reparam')], ids=' '.join)
 def test_benchmark(folder, name, options):
-    found = results(run(folder, 'benchmark.py', '--model', name, '--device', 'cpu', '-b', 2, '--img-size', 64,
-                        '--num-warm-iter', 1, '--num-bench-iter', 5, '--bench', *options))
+    # --num-classes, because the script cannot train a model whose weights have no classifier, as a detector's have not.
+    found = results(run(folder, 'benchmark.py', '--model', name, '--num-classes', 2, '--device', 'cpu', '-b', 2,
+                        '--img-size', 64, '--num-warm-iter', 1, '--num-bench-iter', 5, '--bench', *options))
     assert found['model'] == name
     rate, = (v for k, v in found.items() if k in ('infer_samples_per_sec', 'train_samples_per_sec'))
     assert rate > 0
@@ -199,6 +208,46 @@ def test_two_processes(folder, name):
     launcher = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', '--standalone')
     _, log, _ = train(folder, name, f'two_{name}', '--device-modules', 'ddp_cpu_shim', '--model-ema', launcher=launcher)
     assert re.search(r'total 2\b', log), log[-2000:]
+
+
+README = [text for kind, text in code() if kind == 'command' and re.search(r'\b(train|validate)\.py\b', text)]
+
+
+@pytest.fixture(scope='module')
+def released(folder):
+    """Weights where the commands of the README look for the released ones; the variables that lead there."""
+    (folder / 'data').symlink_to(folder / 'pictures')
+    cache = folder / 'torch_home' / 'hub' / 'checkpoints'
+    cache.mkdir(parents=True)
+    openmmlab_file(cache / Path(timm.get_pretrained_cfg('cspnet_rtmdet_s').url).name, load_fixture('cspnext_s')[1])
+    with Hub() as hub:
+        for name in ('cs3darknet_focus_s.ra4_e3600_r256_in1k', 'cs3darknet_focus_m.c2ns_in1k'):
+            hub.add(f'timm/{name}', {'model.safetensors': save(timm.create_model(name).state_dict())})
+        yield {**client_environment(hub, folder / 'hf_home'), 'TORCH_HOME': str(folder / 'torch_home')}
+
+
+@pytest.mark.parametrize('command', README, ids=lambda command: re.search(r'(?:torchrun.*)?\w+\.py', command)[0])
+def test_commands_of_the_readme(folder, released, command):
+    """As printed, but on the CPU, for two processes and an epoch; SyncBN is for GPUs alone."""
+    program, *arguments = shlex.split(command)
+    launcher, options = (), ['--device', 'cpu', '-b', '2', '-j', '0', '--img-size', '64']
+    if program == 'torchrun':
+        assert arguments.pop(0) == '--nproc_per_node=4' and torch.distributed.is_available()
+        arguments.remove('--sync-bn')
+        launcher = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone')
+        options += ['--device-modules', 'ddp_cpu_shim']
+    if arguments[0] == 'train.py':
+        options += ['--epochs', '1', '--warmup-epochs', '0', '--output', 'runs']
+    log = run(folder, *arguments, *options, launcher=launcher, **released)
+    assert 'Loading pretrained weights' in log
+    if arguments[0] == 'train.py':
+        assert 'Best metric' in log
+    else:
+        assert 0 <= results(log)['top1'] <= 100
+
+
+def test_the_readme_shows_the_scripts():
+    assert len(README) >= 3
 
 
 def test_samples_are_registered():

@@ -1,13 +1,15 @@
 """What every family's file calls: build a variant, describe its weights, register it."""
+import contextlib
 import functools
 import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
 from urllib.parse import urlparse
 
 import torch.nn as nn
+from huggingface_hub import try_to_load_from_cache
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg,
@@ -118,6 +120,48 @@ def _download(url: str, cache_dir: Optional[Union[str, Path]]) -> str:
     return path
 
 
+def _cached_from_hub(weights: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> Optional[Path]:
+    """The file of weights in the Hub's cache, where the Hub's client stores it under its hash."""
+    repo_id, _, revision = (weights.hf_hub_id or '').partition('@')
+    names = [weights.hf_hub_filename] if weights.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']
+    for name in names:
+        path = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision or None)
+        if isinstance(path, str):
+            return Path(path).resolve()
+    return None
+
+
+@contextlib.contextmanager
+def _checked_download(variant: str, kwargs: Dict[str, Any]) -> Iterator[None]:
+    """Check the hash of weights that timm downloads from the Hub within the block, which the Hub's client does not do.
+
+    Args:
+        variant: Name of the entrypoint.
+        kwargs: What ``timm.create_model`` passes on.
+
+    Raises:
+        RuntimeError: If the file is damaged; it is removed, so that the next attempt downloads it again.
+    """
+    weights = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    cache_dir = kwargs.get('cache_dir')
+    if weights.source == 'local-dir' or weights.file or weights.state_dict or not weights.hf_hub_id:
+        yield
+        return
+    before = _cached_from_hub(weights, cache_dir)
+    try:
+        yield
+    finally:
+        path = _cached_from_hub(weights, cache_dir)
+        if path is not None and path != before and re.fullmatch('[0-9a-f]{64}', path.name):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if digest != path.name:
+                path.unlink(missing_ok=True)
+                raise RuntimeError(
+                    f'{weights.hf_hub_id}: the weights received are damaged, their SHA-256 is {digest} and not '
+                    f'{path.name}. The file was removed; try again.'
+                )
+
+
 def _read_foreign_file(variant: str, cfg: BackboneCfg, kwargs: Dict[str, Any]) -> None:
     """Hand timm the state dict of a file that it cannot read itself, in place of the file or its URL.
 
@@ -192,7 +236,7 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     Raises:
         ValueError: If ``out_indices`` names a level that does not exist.
         CheckpointError: If a foreign file is damaged or holds another network.
-        RuntimeError: If ``pretrained`` and the weights have to be fetched by hand.
+        RuntimeError: If ``pretrained`` and the weights have to be fetched by hand, or arrive damaged.
         TypeError: If an argument is unknown.
     """
     num_levels = len(cfg.levels)
@@ -202,15 +246,16 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     if pretrained:
         _read_foreign_file(variant, cfg, kwargs)
         _require_source(variant, kwargs)
-    model: Any = build_model_with_cfg(
-        CspBackbone,
-        variant,
-        pretrained,
-        model_cfg=cfg,
-        feature_cfg=dict(out_indices=tuple(range(num_levels))),
-        pretrained_filter_fn=functools.partial(_filter, cfg),
-        **kwargs,
-    )
+    with _checked_download(variant, kwargs) if pretrained else contextlib.nullcontext():
+        model: Any = build_model_with_cfg(
+            CspBackbone,
+            variant,
+            pretrained,
+            model_cfg=cfg,
+            feature_cfg=dict(out_indices=tuple(range(num_levels))),
+            pretrained_filter_fn=functools.partial(_filter, cfg),
+            **kwargs,
+        )
     # What was read is loaded: in the config it would be kept in memory, and could not be written as JSON.
     model.pretrained_cfg.pop('state_dict', None)
     model.pretrained = named

@@ -7,17 +7,19 @@ import functools
 import math
 import re
 from collections import OrderedDict
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..backbone import Level, LevelArgs, StateDict
-from ..layers import ConvNormAct
+from ..layers import ConvNormAct, SpatialPyramidPool
 from ._builder import IN1K, default_cfg
 from ._recognise import Naming, rename_keys, roll_channels
 
-__all__ = ['NAMING', 'classifier_cfg', 'detector_cfg', 'scale_width', 'yolo_level', 'yolo_stem']
+__all__ = [
+    'NAMING', 'classifier_cfg', 'detector_cfg', 'scale_width', 'yolo_level', 'yolo_levels', 'yolo_pool', 'yolo_stem',
+]
 
 LICENSE = 'agpl-3.0'
 
@@ -59,6 +61,40 @@ def yolo_level(
     for name, build in parts.items():
         layers[name] = build(down_chs, args)
     return nn.Sequential(layers)
+
+
+def yolo_pool(in_chs: int, args: LevelArgs, shortcut: bool = False) -> nn.Module:
+    """The SPP of a detector's last level; YOLO26's has a shortcut around it and no activation before its pools."""
+    entry_act_layer = None if shortcut else args.layers['act_layer']
+    return SpatialPyramidPool(in_chs, in_chs, shortcut=shortcut, entry_act_layer=entry_act_layer, **args.layers)
+
+
+def yolo_levels(
+        stem_kernel_size: int,
+        widths: List[int],
+        depths: List[int],
+        cross_stage: Callable[..., nn.Module],
+        pool: bool,
+) -> Tuple[Level, ...]:
+    """The levels of YOLOv5 and YOLOv8, whose cross stages keep the channels of the downsampling before them.
+
+    Args:
+        stem_kernel_size: Of the first convolution.
+        widths: Channels of each level, the stem's first.
+        depths: Blocks of each level behind the stem.
+        cross_stage: Called with the channels, the level's arguments and ``depth``.
+        pool: End with an SPP, as a detector does.
+
+    Returns:
+        The levels.
+    """
+    levels = [yolo_stem(widths[0], stem_kernel_size)]
+    for i, (chs, depth) in enumerate(zip(widths[1:], depths)):
+        parts: Dict[str, Callable[[int, LevelArgs], nn.Module]] = dict(csp=functools.partial(cross_stage, depth=depth))
+        if pool and i == len(depths) - 1:
+            parts['spp'] = yolo_pool
+        levels.append(Level(functools.partial(yolo_level, down_chs=chs, parts=parts), chs, depth=depth))
+    return tuple(levels)
 
 
 def _under(state_dict: StateDict, prefix: str) -> StateDict:

@@ -17,9 +17,9 @@ import torch.nn as nn
 from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs
 from ..blocks import AttentionBlock, Collect, DarkBlock
 from ..cross_stage import CrossStage
-from ..layers import ConvHead, SpatialPyramidPool
+from ..layers import ConvHead
 from ._builder import build_backbone, describe_weights, register_model
-from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_level, yolo_stem
+from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_level, yolo_pool, yolo_stem
 
 __all__ = ['yolo11_cfg']
 
@@ -74,11 +74,6 @@ def _cross_stage(
     )
 
 
-def _pool(_: int, args: LevelArgs, chs: int, shortcut: bool) -> nn.Module:
-    entry_act_layer = None if shortcut else args.layers['act_layer']
-    return SpatialPyramidPool(chs, chs, shortcut=shortcut, entry_act_layer=entry_act_layer, **args.layers)
-
-
 def _attention(_: int, args: LevelArgs, chs: int, depth: int) -> nn.Module:
     return CrossStage(
         chs, chs,
@@ -109,7 +104,7 @@ def yolo11_cfg(name: str, classifier: bool, linear_pool: bool = False) -> Backbo
             _cross_stage, out_chs=chs, branch_ratio=branch_ratio, depth=repeats, nested=nested or i >= 2))
         if i == 3:
             if not classifier:
-                parts['spp'] = partial(_pool, chs=chs, shortcut=linear_pool)
+                parts['spp'] = partial(yolo_pool, shortcut=linear_pool)
             parts['attn'] = partial(_attention, chs=chs, depth=repeats)
             depth += repeats
         down_chs = scale_width(down, width, max_chs)

@@ -6,17 +6,16 @@ A 6×6 convolution of stride 2, then four times a 3×3 convolution of stride 2 a
 
 Built from the published structure; the authors' code and weights are under AGPL-3.0, and none of either is here.
 """
-from functools import partial
-from typing import Any, Callable, Dict
+from typing import Any
 
 import torch.nn as nn
 
-from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs
+from ..backbone import BackboneCfg, CspBackbone, LevelArgs
 from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
-from ..layers import ConvHead, SpatialPyramidPool
+from ..layers import ConvHead
 from ._builder import build_backbone, describe_weights, register_model
-from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_level, yolo_stem
+from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_levels
 
 __all__ = []
 
@@ -29,33 +28,23 @@ SIZES = {  # width, depth, AP of the detector, top-1 and top-5 of the classifier
 }
 
 
-def _cross_stage(in_chs: int, args: LevelArgs, out_chs: int, depth: int) -> nn.Module:
+def _cross_stage(chs: int, args: LevelArgs, depth: int) -> nn.Module:
     return CrossStage(
-        in_chs, out_chs,
-        blocks=lambda chs: nn.Sequential(*[DarkBlock(chs, chs, **args.block_kwargs(i)) for i in range(depth)]),
+        chs, chs,
+        blocks=lambda c: nn.Sequential(*[DarkBlock(c, c, **args.block_kwargs(i)) for i in range(depth)]),
         fusion='first',
         **args.layers,
     )
 
 
-def _pool(_: int, args: LevelArgs, chs: int) -> nn.Module:
-    return SpatialPyramidPool(chs, chs, entry_act_layer=args.layers['act_layer'], **args.layers)
-
-
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     name, _, form = variant.removeprefix('cspnet_yolov5').partition('_')
     width, depth = SIZES[name][:2]
-    stem_chs, *widths = [scale_width(c, width) for c in (64, 128, 256, 512, 1024)]
-    levels = [yolo_stem(stem_chs, 6)]
-    for i, (chs, repeats) in enumerate(zip(widths, (3, 6, 9, 3))):
-        blocks = max(round(repeats * depth), 1)
-        parts: Dict[str, Callable[[int, LevelArgs], nn.Module]] = dict(
-            csp=partial(_cross_stage, out_chs=chs, depth=blocks))
-        if i == 3 and not form:
-            parts['spp'] = partial(_pool, chs=chs)
-        levels.append(Level(partial(yolo_level, down_chs=chs, parts=parts), chs, depth=blocks))
+    widths = [scale_width(c, width) for c in (64, 128, 256, 512, 1024)]
+    depths = [max(round(n * depth), 1) for n in (3, 6, 9, 3)]
     cfg = BackboneCfg(
-        levels=tuple(levels), bn_eps=1e-3, bn_momentum=0.03, head=ConvHead if form else None, convert=NAMING.convert)
+        yolo_levels(6, widths, depths, _cross_stage, pool=not form), bn_eps=1e-3, bn_momentum=0.03,
+        head=ConvHead if form else None, convert=NAMING.convert)
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 

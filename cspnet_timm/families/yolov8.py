@@ -6,17 +6,16 @@ channels before it pools. The large detectors' last level is narrower than the c
 
 Built from the published structure; the authors' code and weights are under AGPL-3.0, and none of either is here.
 """
-from functools import partial
-from typing import Any, Callable, Dict
+from typing import Any
 
 import torch.nn as nn
 
-from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs
+from ..backbone import BackboneCfg, CspBackbone, LevelArgs
 from ..blocks import Collect, DarkBlock
 from ..cross_stage import CrossStage
-from ..layers import ConvHead, SpatialPyramidPool
+from ..layers import ConvHead
 from ._builder import build_backbone, describe_weights, register_model
-from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_level, yolo_stem
+from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_levels
 
 __all__ = []
 
@@ -29,37 +28,27 @@ SIZES = {  # width, depth, widest channels of the detector before scaling, its A
 }
 
 
-def _cross_stage(in_chs: int, args: LevelArgs, out_chs: int, depth: int) -> nn.Module:
+def _cross_stage(chs: int, args: LevelArgs, depth: int) -> nn.Module:
     return CrossStage(
-        in_chs, out_chs,
-        blocks=lambda chs: Collect(
-            [DarkBlock(chs, chs, kernel_size=(3, 3), **args.block_kwargs(i)) for i in range(depth)],
-            out_chs=(1 + depth) * chs,
+        chs, chs,
+        blocks=lambda c: Collect(
+            [DarkBlock(c, c, kernel_size=(3, 3), **args.block_kwargs(i)) for i in range(depth)],
+            out_chs=(1 + depth) * c,
         ),
         fusion='first',
         **args.layers,
     )
 
 
-def _pool(_: int, args: LevelArgs, chs: int) -> nn.Module:
-    return SpatialPyramidPool(chs, chs, entry_act_layer=args.layers['act_layer'], **args.layers)
-
-
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     name, _, form = variant.removeprefix('cspnet_yolov8').partition('_')
     width, depth, max_chs = SIZES[name][:3]
-    stem_chs, *widths = [scale_width(c, width, 1024 if form else max_chs) for c in (64, 128, 256, 512, 1024)]
-    levels = [yolo_stem(stem_chs, 3)]
-    for i, (chs, repeats) in enumerate(zip(widths, (3, 6, 6, 3))):
-        blocks = max(round(repeats * depth), 1)
-        parts: Dict[str, Callable[[int, LevelArgs], nn.Module]] = dict(
-            csp=partial(_cross_stage, out_chs=chs, depth=blocks))
-        if i == 3 and not form:
-            parts['spp'] = partial(_pool, chs=chs)
-        levels.append(Level(partial(yolo_level, down_chs=chs, parts=parts), chs, depth=blocks))
+    widths = [scale_width(c, width, 1024 if form else max_chs) for c in (64, 128, 256, 512, 1024)]
+    depths = [max(round(n * depth), 1) for n in (3, 6, 6, 3)]
     bn_eps, bn_momentum = (1e-5, 0.1) if form else (1e-3, 0.03)
     cfg = BackboneCfg(
-        tuple(levels), bn_eps=bn_eps, bn_momentum=bn_momentum, head=ConvHead if form else None, convert=NAMING.convert)
+        yolo_levels(3, widths, depths, _cross_stage, pool=not form), bn_eps=bn_eps, bn_momentum=bn_momentum,
+        head=ConvHead if form else None, convert=NAMING.convert)
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
