@@ -4,7 +4,8 @@
 
 It draws its own pictures: ten classes that differ in shape, in texture or in position alone, so that none of the three
 can be left out. Everything else is timm's, in the order of timm's train.py: data set, loader, optimizer, schedule,
-moving average of the weights. It writes the curves as ``.json`` and ``.png``, and takes a few minutes on two cores.
+moving average of the weights. Both come from ``examples``, ``shapes.py`` and ``finetune.py``. It writes the curves as
+``.json`` and ``.png``, and takes a few minutes on two cores.
 """
 import argparse
 import io
@@ -13,13 +14,12 @@ import sys
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 import timm
 import torch.nn as nn
 from PIL import Image
-from timm.data import create_dataset, create_loader
 from timm.utils import random_seed
 
 from cspnet_timm import CspBackbone
@@ -28,7 +28,7 @@ from cspnet_timm.blocks import DarkBlock
 from cspnet_timm.layers import ConvNormAct
 
 sys.path.append(str(Path(__file__).parents[1] / 'examples'))
-from finetune import train
+from finetune import create_loaders, train
 from shapes import CLASSES, SIZE, draw, draw_dataset
 
 
@@ -60,23 +60,6 @@ def plain_counterpart(name: str, **kwargs: Any) -> CspBackbone:
             Level(lambda i, a, c=chs: stem(i, a, c), chs)
         )
     return CspBackbone(BackboneCfg(levels=tuple(levels)), **kwargs)
-
-
-def loaders(root: Path, batch_size: int = 64) -> Tuple[Any, Any]:
-    """timm's loaders of a folder that :func:`draw_dataset` has drawn.
-
-    Args:
-        root: The folder, with ``train`` and ``validation``.
-        batch_size: Pictures per step.
-
-    Returns:
-        The loader to train with, and that of the held-out pictures.
-    """
-    # No augmentation: a flip would change the class.
-    data = dict(batch_size=batch_size, input_size=(3, SIZE, SIZE), use_prefetcher=False, num_workers=0,
-                persistent_workers=False, crop_pct=1.)
-    pictures, held_out = (create_dataset('', root=str(root), split=split) for split in ('train', 'validation'))
-    return create_loader(pictures, is_training=True, no_aug=True, **data), create_loader(held_out, **data)
 
 
 def plot(results: Dict[str, Dict[str, Any]], path: Path) -> None:
@@ -146,7 +129,9 @@ def main(argv: Optional[Sequence[str]] = None) -> Dict[str, Dict[str, Any]]:
         draw_dataset(Path(root), {'train': args.pictures, 'validation': args.pictures // 4}, args.seed)
         for name, build in builders.items():
             model = build()
-            curve, _ = train(model, *loaders(Path(root)), args.epochs, args.lr, description=name)
+            # No augmentation: a flip would change the class.
+            loader, held_out, _ = create_loaders(model, Path(root), SIZE, augment=False)
+            curve, _ = train(model, loader, held_out, args.epochs, args.lr, description=name)
             results[name] = dict(
                 parameters=sum(p.numel() for p in model.parameters()), top1=curve[-1]['top1'], curve=curve,
                 pictures=args.pictures, held_out=args.pictures // 4, size=SIZE, seed=args.seed, lr=args.lr,

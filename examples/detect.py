@@ -25,23 +25,23 @@ from torchvision.utils import draw_bounding_boxes
 
 Boxes = Dict[str, torch.Tensor]
 
-COLOURS = ['yellow', 'cyan', 'magenta']
+COLOURS = ('yellow', 'cyan', 'magenta')  # of the boxes around SHAPES
 ZOOM = 3  # of the pictures that are drawn
 
 
-def create_detector(name: str, pretrained: bool, size: int, chs: int = 64) -> nn.Module:
+def create_detector(name: str, size: int, chs: int = 64, **kwargs: Any) -> nn.Module:
     """Put FCOS on a backbone.
 
     Args:
         name: A model with the strides 8, 16 and 32.
-        pretrained: Whether the backbone starts from its released weights.
         size: Of the pictures, on each side.
         chs: Channels of the pyramid and the head; torchvision's own detectors have 256.
+        **kwargs: For ``timm.create_model``.
 
     Returns:
         The detector, for the shapes and the ground.
     """
-    body = timm.create_model(name, pretrained=pretrained)
+    body = timm.create_model(name, **kwargs)
     channels = {info['module']: info['num_chs'] for info in body.feature_info}
     levels = {'layer2': '0', 'layer3': '1', 'layer4': '2'}
     pyramid = BackboneWithFPN(body, levels, [channels[level] for level in levels], chs, LastLevelP6P7(chs, chs))
@@ -55,7 +55,7 @@ def average_precision(found: Sequence[Boxes], targets: Sequence[Boxes], threshol
     Args:
         found: Per picture the ``boxes``, ``labels`` and ``scores``, the best first.
         targets: Per picture the true ``boxes`` and ``labels``.
-        threshold: Intersection over union from which a box is found.
+        threshold: Intersection over union from which a true box is found.
 
     Returns:
         The mean over the classes that there are, from 0 to 1.
@@ -67,32 +67,17 @@ def average_precision(found: Sequence[Boxes], targets: Sequence[Boxes], threshol
             mine, true = boxes['labels'] == label, target['boxes'][target['labels'] == label]
             positives += len(true)
             overlaps = box_iou(boxes['boxes'][mine], true)
-            for score, overlap in zip(boxes['scores'][mine], overlaps):
-                scores.append(score)
-                hit = len(true) > 0 and bool(overlap.max() >= threshold)
-                hits.append(hit)
-                if hit:
-                    overlaps[:, overlap.argmax()] = -1  # every true box is found once
+            for overlap in overlaps:
+                hits.append(len(true) > 0 and bool(overlap.max() >= threshold))
+                if hits[-1]:
+                    overlaps[:, overlap.argmax()] = -1  # a true box is found once
+            scores += boxes['scores'][mine].tolist()
         hit = torch.tensor(hits, dtype=torch.float64)[torch.tensor(scores).argsort(descending=True)].cumsum(0)
         precision, recall = hit / torch.arange(1, len(hit) + 1), hit / positives
-        # The best precision at any recall from each of 101 on.
-        best = [precision[recall >= r].max() if (recall >= r).any() else 0. for r in torch.linspace(0, 1, 101)]
-        precisions.append(float(sum(best)) / 101)
+        # At each of 101 recalls, the best precision that comes with it or with more.
+        best = [precision[recall >= r].max().item() if (recall >= r).any() else 0. for r in torch.linspace(0, 1, 101)]
+        precisions.append(sum(best) / len(best))
     return sum(precisions) / len(precisions)
-
-
-def evaluate(found: Sequence[Boxes], targets: Sequence[Boxes]) -> Tuple[float, float]:
-    """COCO's mAP, the mean over the thresholds from 0.5 to 0.95, and that at 0.5 alone.
-
-    Args:
-        found: As for :func:`average_precision`.
-        targets: As for :func:`average_precision`.
-
-    Returns:
-        Both.
-    """
-    precisions = [average_precision(found, targets, threshold / 100) for threshold in range(50, 100, 5)]
-    return sum(precisions) / len(precisions), precisions[0]
 
 
 def collate(items: List[Tuple[torch.Tensor, Boxes]]) -> Tuple[List[torch.Tensor], List[Boxes]]:
@@ -172,12 +157,8 @@ def draw_boxes(picture: torch.Tensor, boxes: Boxes, least: float = 0.5) -> torch
     """
     large = (picture * 255).byte().repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
     sure = boxes['scores'] >= least
-    labels, scores = boxes['labels'][sure].tolist(), boxes['scores'][sure].tolist()
-    if not labels:
-        return large
-    return draw_bounding_boxes(
-        large, boxes['boxes'][sure] * ZOOM, [f'{SHAPES[i - 1]} {score:.2f}' for i, score in zip(labels, scores)],
-        colors=[COLOURS[i - 1] for i in labels], width=2)
+    colours = [COLOURS[label - 1] for label in boxes['labels'][sure].tolist()]
+    return draw_bounding_boxes(large, boxes['boxes'][sure] * ZOOM, colors=colours, width=2)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -189,6 +170,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--model', default='cspnet_nano', help='a model with the strides 8, 16 and 32')
     parser.add_argument('--pretrained', action='store_true', help='start from the backbone\'s released weights')
+    parser.add_argument('--freeze-bn', action='store_true', help='for pretrained weights and few pictures per step')
     parser.add_argument('--epochs', type=int, default=12)
     parser.add_argument('--pictures', type=int, default=600, help='to train on; a quarter as many are held out')
     parser.add_argument('--size', type=int, default=96, help='of the pictures, on each side')
@@ -204,11 +186,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         Scenes(args.pictures, args.size, args.seed), args.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     held_out = DataLoader(
         Scenes(args.pictures // 4, args.size, args.seed + 1), args.batch_size, collate_fn=collate)
-    model = create_detector(args.model, args.pretrained, args.size).to(args.device)
+    model = create_detector(
+        args.model, args.size, pretrained=args.pretrained,
+        norm_layer='frozenbatchnorm2d' if args.freeze_bn else None).to(args.device)
     train(model, loader, args.epochs, args.lr)
     pictures, found, targets = detect(model, held_out)
-    mean, at_half = evaluate(found, targets)
-    print(f'{args.model}: mAP {mean:.3f}, {at_half:.3f} at IoU 0.5, on {len(pictures)} held-out pictures')
+    precisions = [average_precision(found, targets, threshold / 100) for threshold in range(50, 100, 5)]
+    mean = sum(precisions) / len(precisions)
+    print(f'{args.model}: mAP {mean:.3f}, at IoU 0.5 {precisions[0]:.3f}, on {len(pictures)} held-out pictures')
     write_pictures([draw_boxes(*pair) for pair in zip(pictures[:8], found)], args.output, columns=4)
     print(args.output)
 

@@ -98,6 +98,43 @@ def train(
     return curve, average.module
 
 
+def create_loaders(
+        model: nn.Module,
+        root: Path,
+        size: Optional[int] = None,
+        batch_size: int = 64,
+        augment: bool = True,
+        workers: int = 0,
+) -> Tuple[Any, Any, Dict[str, Any]]:
+    """Create timm's loaders of a folder's pictures, prepared as the model wants them.
+
+    Args:
+        model: The model.
+        root: A folder with ``train`` and ``validation``, each with a folder per class.
+        size: Of the pictures on each side, by default the model's own.
+        batch_size: Pictures per step.
+        augment: Crop, flip and colour the pictures to train on at random; without, they are seen whole.
+        workers: Processes that read pictures.
+
+    Returns:
+        The loader to train with, that of the held-out pictures, and the preprocessing.
+
+    Raises:
+        ValueError: If both have not the same classes.
+    """
+    pictures, held_out = (create_dataset('', root=str(root), split=split) for split in ('train', 'validation'))
+    if pictures.reader.class_to_idx != held_out.reader.class_to_idx:
+        raise ValueError(f'{root}: train and validation have different classes')
+    config = resolve_model_data_config(model)
+    config['input_size'] = (config['input_size'][0], *([size] * 2 if size else config['input_size'][1:]))
+    if not augment:
+        config['crop_pct'] = 1.
+    options = dict(batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0, use_prefetcher=False,
+                   **config)
+    loader = create_loader(pictures, is_training=True, no_aug=not augment, **options)
+    return loader, create_loader(held_out, **options), config
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Fine-tune, and save what came out.
 
@@ -128,25 +165,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         root = args.data or Path(folder)
         if args.data is None:
             draw_dataset(root, {'train': args.pictures, 'validation': args.pictures // 4}, args.seed)
-        pictures, held_out = (create_dataset('', root=str(root), split=split) for split in ('train', 'validation'))
-        names = list(pictures.reader.class_to_idx)
-        if list(held_out.reader.class_to_idx) != names:
-            parser.error(f'{root}: train and validation have different classes')
+        names = sorted(path.name for path in (root / 'train').iterdir())
         model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=len(names)).to(args.device)
-
-        config = resolve_model_data_config(model)
-        size = args.img_size or (config['input_size'][-1] if args.data else SIZE)
-        config.update(input_size=(3, size, size), crop_pct=config['crop_pct'] if args.data else 1.)
-        options = dict(batch_size=args.batch_size, num_workers=args.workers, persistent_workers=args.workers > 0,
-                       use_prefetcher=False, **config)
-        # Shapes are not augmented: a flip would change their class.
-        loader = create_loader(pictures, is_training=True, no_aug=args.data is None, **options)
-        curve, average = train(model, loader, create_loader(held_out, **options), args.epochs, args.lr,
-                               args.layer_decay, args.model)
+        # Shapes are seen as they are: a flip would change their class.
+        loader, held_out, config = create_loaders(
+            model, root, args.img_size or (None if args.data else SIZE), args.batch_size,
+            augment=args.data is not None, workers=args.workers)
+        curve, average = train(model, loader, held_out, args.epochs, args.lr, args.layer_decay, args.model)
     cspnet_timm.hub.save(
         average, args.output, label_names=names, data=args.data.name if args.data else 'drawn shapes',
         data_config=config, license=args.license or (None if args.pretrained else 'other'))
-    print(f'{args.model}: {curve[-1]["ema_top1"]:.1f} % of {len(held_out)} held-out pictures in {len(names)} classes')
+    print(f'{args.model}: {curve[-1]["ema_top1"]:.1f} % of {len(held_out.dataset)} held-out pictures, '
+          f'{len(names)} classes')
     print(f'{args.output}: timm.create_model(\'local-dir:{args.output}\', pretrained=True)')
 
 
