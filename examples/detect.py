@@ -75,7 +75,7 @@ def average_precision(found: Sequence[Boxes], targets: Sequence[Boxes], threshol
         hit = torch.tensor(hits, dtype=torch.float64)[torch.tensor(scores).argsort(descending=True)].cumsum(0)
         precision, recall = hit / torch.arange(1, len(hit) + 1), hit / positives
         # At each of 101 recalls, the best precision that comes with it or with more.
-        best = [precision[recall >= r].max().item() if (recall >= r).any() else 0. for r in torch.linspace(0, 1, 101)]
+        best = [precision[recall >= r / 100].max().item() if (recall >= r / 100).any() else 0. for r in range(101)]
         precisions.append(sum(best) / len(best))
     return sum(precisions) / len(precisions)
 
@@ -175,7 +175,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--pictures', type=int, default=600, help='to train on; a quarter as many are held out')
     parser.add_argument('--size', type=int, default=96, help='of the pictures, on each side')
     parser.add_argument('--batch-size', type=int, default=16)
-    parser.add_argument('--lr', type=float, default=2e-3)
+    parser.add_argument('--lr', type=float, default=5e-3)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--output', type=Path, default=Path('detect.png'), help='some held-out pictures with the boxes')

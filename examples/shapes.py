@@ -167,5 +167,5 @@ def write_pictures(pictures: List[torch.Tensor], path: Path, columns: int) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     grid = make_grid(pictures, columns, padding=4, pad_value=255).permute(1, 2, 0).numpy()
     temporary = path.with_name(f'.{path.name}')
-    Image.fromarray(grid).quantize(128).save(temporary, 'png', optimize=True)  # a third of the size
+    Image.fromarray(grid).save(temporary, 'png', optimize=True)
     temporary.replace(path)
