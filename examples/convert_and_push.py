@@ -12,7 +12,7 @@ from typing import Optional, Sequence
 
 import timm
 import torch
-from finetune import create_loaders, train
+from finetune import class_names, create_loaders, train
 from shapes import SIZE, draw_dataset
 from timm.utils import random_seed
 
@@ -51,7 +51,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         root = args.data or Path(folder)
         if args.data is None:
             draw_dataset(root, {'train': args.pictures, 'validation': args.pictures // 4}, args.seed)
-        names = sorted(path.name for path in (root / 'train').iterdir())
+        names = class_names(root)
         model = timm.create_model(f'local-dir:{args.output}', pretrained=True, num_classes=len(names))
         loader, held_out, config = create_loaders(
             model, root, args.img_size, args.batch_size, augment=args.data is not None)

@@ -98,6 +98,11 @@ def train(
     return curve, average.module
 
 
+def class_names(root: Path) -> List[str]:
+    """The classes of a folder with ``train``, in the order in which timm numbers them."""
+    return list(create_dataset('', root=str(root), split='train').reader.class_to_idx)
+
+
 def create_loaders(
         model: nn.Module,
         root: Path,
@@ -165,16 +170,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         root = args.data or Path(folder)
         if args.data is None:
             draw_dataset(root, {'train': args.pictures, 'validation': args.pictures // 4}, args.seed)
-        names = sorted(path.name for path in (root / 'train').iterdir())
+        names = class_names(root)
         model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=len(names)).to(args.device)
+        about = dict(
+            label_names=names, data=args.data.name if args.data else 'drawn shapes',
+            license=args.license or (None if args.pretrained else 'other'))
+        cspnet_timm.hub.model_card(model, **about)  # if it could not be saved, that is said now
         # Shapes are seen as they are: a flip would change their class.
         loader, held_out, config = create_loaders(
             model, root, args.img_size or (None if args.data else SIZE), args.batch_size,
             augment=args.data is not None, workers=args.workers)
         curve, average = train(model, loader, held_out, args.epochs, args.lr, args.layer_decay, args.model)
-    cspnet_timm.hub.save(
-        average, args.output, label_names=names, data=args.data.name if args.data else 'drawn shapes',
-        data_config=config, license=args.license or (None if args.pretrained else 'other'))
+    cspnet_timm.hub.save(average, args.output, data_config=config, **about)
     print(f'{args.model}: {curve[-1]["ema_top1"]:.1f} % of {len(held_out.dataset)} held-out pictures, '
           f'{len(names)} classes')
     print(f'{args.output}: timm.create_model(\'local-dir:{args.output}\', pretrained=True)')
