@@ -115,7 +115,7 @@ def test_finetune(tmp_path):
 
     draw_two_classes(tmp_path / 'pictures')
     said = run('finetune', tmp_path, 'pictures', '--model', 'local-dir:first', '--pretrained', '--img-size', 64,
-               '--epochs', 3, '--batch-size', 16, '--layer-decay', 0.7, '--lr', 0.005, '--output', 'second')
+               '--epochs', 8, '--batch-size', 8, '--layer-decay', 0.7, '--lr', 0.005, '--output', 'second')
     assert float(re.search(r'first: (\d+\.\d) % of 40 held-out pictures, 2 classes', said)[1]) > 90
     second = timm.create_model(f'local-dir:{tmp_path / "second"}', pretrained=True)
     assert second.num_classes == 2 and second.pretrained_cfg['label_names'] == ['blue', 'red']
