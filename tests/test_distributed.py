@@ -1,5 +1,7 @@
 """Two processes on one machine: the gradients of one, sharded or not, and checkpoints that load anywhere."""
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,21 +16,29 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import cspnet_timm
 from tests.samples import FAMILIES
 
+PAGE = Path(__file__).parents[1] / 'docs' / 'many_gpus.md'
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without distributed')
+
+
+TORCHRUN = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone')
+
+
+def run(*command, **kwargs):
+    package = str(Path(cspnet_timm.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=1200, **kwargs,
+        env={**os.environ, 'OMP_NUM_THREADS': '1',
+             'PYTHONPATH': os.pathsep.join([package, os.environ.get('PYTHONPATH', '')])},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('distributed')
-    package = str(Path(cspnet_timm.__file__).parents[1])
-    run = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
-         str(Path(__file__).with_name('distributed_worker.py')), str(folder), *FAMILIES],
-        capture_output=True, text=True, timeout=1200,
-        env={**os.environ, 'OMP_NUM_THREADS': '1',
-             'PYTHONPATH': os.pathsep.join([package, os.environ.get('PYTHONPATH', '')])},
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    run(*TORCHRUN, Path(__file__).with_name('distributed_worker.py'), folder, *FAMILIES)
     return folder
 
 
@@ -63,3 +73,39 @@ def test_conversion_to_sync_batchnorm_changes_no_output(name, convert):
         assert sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules()) == norms > 0
         assert torch.equal(model(x), logits)
         assert all(torch.equal(a, b) for a, b in zip(model.forward_intermediates(x, intermediates_only=True), maps))
+
+
+# The scripts of the page on many GPUs, on two processes with the CPU.
+
+def script(path, library, *replacements):
+    """Write the page's script that uses a library, with what stands for GPUs replaced."""
+    code, = (code for code in re.findall(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL) if library in code)
+    for old, new in replacements:
+        assert old in code
+        code = code.replace(old, new)
+    path.write_text(code)
+    return path
+
+
+@pytest.mark.slow
+def test_page_lightning(tmp_path):
+    if importlib.util.find_spec('lightning') is None:
+        pytest.skip('lightning is not installed: pip install "cspnet-timm[clients]"')
+    path = script(
+        tmp_path / 'train.py', 'import lightning', ("accelerator='gpu', devices=8", "accelerator='cpu', devices=2"),
+        ('sync_batchnorm=True', 'sync_batchnorm=False'))  # torch has it for GPUs only
+    log = run(path, cwd=tmp_path)
+    assert 'All distributed processes registered. Starting with 2 processes' in log and '`max_epochs=1` reached' in log
+    checkpoint, = tmp_path.rglob('*.ckpt')
+    saved = torch.load(checkpoint, weights_only=False)
+    assert saved['global_step'] == 4  # 32 pictures, four for each of two processes
+
+
+@pytest.mark.slow
+def test_page_fsdp(tmp_path):
+    path = script(
+        tmp_path / 'train_sharded.py', 'fully_shard', ("torch.cuda.set_device(int(os.environ['LOCAL_RANK']))", ''),
+        ("'cuda'", "'cpu'"))
+    run(*TORCHRUN, path, cwd=tmp_path)
+    model = timm.create_model('cspnet_nano', num_classes=10, checkpoint_path=str(tmp_path / 'model.pt'))
+    assert model.stem.conv1.bn.num_batches_tracked == 2

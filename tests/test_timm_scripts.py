@@ -250,5 +250,25 @@ def test_the_readme_shows_the_scripts():
     assert len(README) >= 3
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without distributed')
+def test_commands_of_the_page_on_many_gpus(folder):
+    """On two CPU processes, in the page's order: the last resumes what the first has left."""
+    page = (Path(__file__).parents[1] / 'docs' / 'many_gpus.md').read_text()
+    commands = re.findall(
+        r'^torchrun --nproc_per_node=8 train.py --data-dir \S+ --model cspnet_small (.*)$', page, re.MULTILINE)
+    assert len(commands) == 3
+    launcher = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone')
+    for i, command in enumerate(commands):
+        for flag, instead in (
+                (' --sync-bn', ''), (' --pretrained', ''), ('-b 128', ''), ('--num-classes 10', ''),
+                ('--torchcompile', '--torchcompile eager'), ('output/train/run', 'runs/page_0')):
+            command = command.replace(flag, instead)
+        _, log, rows = train(
+            folder, 'cspnet_nano', f'page_{i}', *command.split(), '--device-modules', 'ddp_cpu_shim', launcher=launcher,
+            epochs=2 if '--resume' in command else 1)
+        assert re.search(r'total 2\b', log), log[-2000:]
+    assert [row['epoch'] for row in rows] == ['1']  # it went on with the second
+
+
 def test_samples_are_registered():
     assert all(timm.is_model(name) for name in FAMILIES + SCRIPT_FAMILIES)
