@@ -5,16 +5,16 @@
 Everything that is compared runs in turn in one process, and the medians are reported. The machine has to be quiet: if
 something else computes, nothing is reported. Five sections, of which ``--sections`` takes some:
 
-- ``routes``: the same network of this package, deployed, and of timm: eager, compiled (frozen weights), ONNX Runtime and
-  OpenVINO, in every precision that the hardware has; the logits, and the maps of ``features_only``.
-- ``promise``: the paper's networks and the plain ones beside them, both deployed: the ratio of the times beside the ratio
-  of the operations.
+- ``routes``: the same network of this package, deployed, and of timm: eager, compiled (frozen weights), ONNX Runtime
+  and OpenVINO, in every precision that the hardware has; the logits, and the maps of ``features_only``.
+- ``promise``: the paper's networks and the plain ones beside them, both deployed: the ratio of the times beside the
+  ratio of the operations.
 - ``resolution``: one picture of 224 to 640 pixels.
 - ``throughput``: the package's own networks from small to large.
 - ``training``: a step of SGD and the memory that it takes at most, of this package's network and of timm's.
 
-Rates are given as fractions of what the machine reaches in a product of matrices, measured here too, and the roofline is
-drawn with the measured bandwidth of its memory. Writes ``speed.json``, ``speed.md`` and three plots (``pip install
+Rates are given as fractions of what the machine reaches in a product of matrices, measured here too, and the roofline
+is drawn with the measured bandwidth of its memory. Writes ``speed.json``, ``speed.md`` and three plots (``pip install
 "cspnet-timm[bench,deploy]"``).
 """
 import argparse
@@ -29,8 +29,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import timm
 import torch
 import torch.nn as nn
-from paper import Subject, count, peak_memory, write_files
 from paper import PAIRS as PAPER_PAIRS
+from paper import Subject, count, peak_memory, write_files
 
 import cspnet_timm
 from cspnet_timm import deploy
@@ -95,8 +95,8 @@ class Settings:
                 return
         if not self.allow_busy:
             raise SystemExit(
-                f'The machine is busy: {busy:.0%} of its processors are in use by others, {BUSY:.0%} are allowed. Figures '
-                'measured now would mean nothing, and none are written.')
+                f'The machine is busy: {busy:.0%} of its processors are in use by others, {BUSY:.0%} are allowed. '
+                'Figures measured now would mean nothing, and none are written.')
         self.was_busy = True
 
     def time(self, calls: Dict[str, Callable[[], Any]]) -> Dict[str, float]:
@@ -341,7 +341,8 @@ def markdown(report: Dict[str, Any]) -> str:
     products = ', '.join(f'{v / 1e12:.2f} TFLOP/s in {k}' for k, v in rates['operations_per_second'].items())
     lines = [
         f'{machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}, timm {machine["timm"]}'
-        f'{"".join(f", {k} {v}" for k, v in machine["libraries"].items())}; medians of {report["rounds"]} turns of one run.',
+        f'{"".join(f", {k} {v}" for k, v in machine["libraries"].items())}; medians of {report["rounds"]} turns of '
+        'one run.',
         f'A product of matrices reaches {products}; a copy {rates["bytes_per_second"] / 1e9:.1f} GB/s.', '']
     if report['busy']:
         lines += ['**The machine was busy: these figures mean nothing.**', '']
@@ -350,10 +351,10 @@ def markdown(report: Dict[str, Any]) -> str:
     rows = [c for c in cases if c['section'] in ('routes', 'resolution')]
     if rows:
         lines += [
-            'Milliseconds for a batch. The ratio is the best of timm\'s network by any road over this package\'s, deployed; '
-            'the rate is the fraction of the product\'s.', '',
-            '| network | task | pixels | batch | precision | timm eager | compile | ONNX Runtime | OpenVINO | ours eager '
-            '| deploy | ratio | rate | difference | chosen |',
+            'Milliseconds for a batch. The ratio is the best of timm\'s network by any road over this package\'s, '
+            'deployed; the rate is the fraction of the product\'s.', '',
+            '| network | task | pixels | batch | precision | timm eager | compile | ONNX Runtime | OpenVINO '
+            '| ours eager | deploy | ratio | rate | difference | chosen |',
             '| --- | --- | ---: | ---: | --- |' + ' ---: |' * 9 + ' --- |']
     for c in rows:
         times = c['milliseconds']
@@ -456,7 +457,7 @@ def plots(report: Dict[str, Any]) -> Dict[str, Callable[[Path], Any]]:
                                             rates['operations_per_second'].items()):
             roof = [min(rate, rates['bytes_per_second'] * i) / 1e9 for i in grid]
             axes.plot(grid, roof, color=color, label=f'{precision} roof')
-            rows = [c for c in cases if c['precision'] == precision and c['section'] in ('routes', 'promise', 'throughput')]
+            rows = [c for c in cases if c['precision'] == precision and 'bytes' in c and c['section'] != 'resolution']
             axes.plot([c['flops'] / c['bytes'] for c in rows], [c['flops'] / best_time(c) / 1e6 for c in rows], '.',
                       color=color, label=f'{precision} deployed')
         axes.set(xscale='log', yscale='log', xlabel='operations per byte of maps and weights', ylabel='GFLOP/s')

@@ -1,9 +1,11 @@
-"""The fastest callable of a model: equal to the model, in every form, of every backend, from a file and in a new process."""
+"""The fastest callable of a model: equal to it, in every form, of every backend, from a file and in a new process."""
 import copy
 import json
+import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -223,6 +225,20 @@ def test_int8_is_calibrated():
     assert not any('scale' in key for key in model.state_dict())
 
 
+DOCS = Path(__file__).parents[1] / 'docs' / 'deploy.md'
+SNIPPETS = re.findall(r'^```python\n(.*?)^```', DOCS.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', range(len(SNIPPETS)))
+def test_the_page(number, tmp_path, monkeypatch):
+    needs('openvino')
+    if 'int8' in SNIPPETS[number] and 'int8' not in native_precisions(CPU):
+        pytest.skip('this processor has no int8 arithmetic')
+    monkeypatch.chdir(tmp_path)
+    exec(compile(SNIPPETS[number], str(DOCS), 'exec'), {})
+
+
 # Errors, before any work
 
 
@@ -244,7 +260,8 @@ def test_arguments(kwargs, error, message):
 
 @pytest.mark.parametrize('example, message', [
     (torch.zeros(3, 64, 64), r'\(B, C, H, W\).*\(3, 64, 64\)'), (torch.zeros(1, 3, 64, 64).byte(), 'uint8'),
-    (torch.zeros(0, 3, 64, 64), 'no picture'), ([1], 'not list'), (torch.zeros(1, 3, 64, 64, device='meta'), 'is on meta'),
+    (torch.zeros(0, 3, 64, 64), 'no picture'), ([1], 'not list'),
+    (torch.zeros(1, 3, 64, 64, device='meta'), 'is on meta'),
 ])
 def test_examples(example, message):
     with pytest.raises(ValueError, match=message):
@@ -278,7 +295,7 @@ def test_models_that_cannot_be_deployed():
 
     with pytest.raises(ValueError, match='dict'):
         quick(Dictionary(), picture())
-    with pytest.raises(ValueError, match='nn.Module'):
+    with pytest.raises(ValueError, match=r'nn\.Module'):
         quick(torch.relu, picture())
 
 

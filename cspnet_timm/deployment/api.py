@@ -7,7 +7,7 @@ import sys
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -68,8 +68,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f'{self.backend}, {self.precision}, {self.arrangement} pictures on {self.threads} threads: '
-            f'{self.milliseconds:.2f} ms for {tuple(self.shape)}, {self.speedup:.2f} times as fast as the model as given '
-            f'({self.original_milliseconds:.2f} ms)',
+            f'{self.milliseconds:.2f} ms for {tuple(self.shape)}, {self.speedup:.2f} times as fast as the model as '
+            f'given ({self.original_milliseconds:.2f} ms)',
             f'relative difference to it: {max(self.differences):.1e}; forms: {", ".join(self.forms) or "none"}',
         ]
         lines += [f'  {_describe_candidate(c)}' for c in self.candidates]
@@ -302,7 +302,8 @@ def _pairs(
     if not names:
         raise ValueError(f'backend={backend!r} names none, choose \'auto\' or of {", ".join(map(repr, BACKENDS))}.')
     if precision not in ('auto', *PRECISIONS):
-        raise ValueError(f'precision={precision!r} is unknown, choose \'auto\' or of {", ".join(map(repr, PRECISIONS))}.')
+        raise ValueError(
+            f'precision={precision!r} is unknown, choose \'auto\' or of {", ".join(map(repr, PRECISIONS))}.')
     if precision == 'int8' and not calibrated:
         raise ValueError('precision=\'int8\' takes the scales of the maps from pictures: pass calibration=batches.')
     if calibrated and precision not in ('auto', 'int8'):
@@ -519,7 +520,8 @@ class _Deploy:
         best = search.best
         if best is None:
             reasons = '; '.join(_describe_candidate(c) for c in search.tried)
-            raise DeployError(f'No backend takes this model: {reasons}') from (search.errors or [None])[-1]
+            reason = search.errors[-1] if search.errors else None
+            raise DeployError(f'No backend takes this model: {reasons}') from reason
         if BACKENDS[best.backend].searches:
             network, forms = folded, []  # type: Tuple[nn.Module, List[str]]
             for form, rewrite in FORMS.items():

@@ -476,13 +476,11 @@ class OnnxRuntime(Backend):
     def convert(cls, model: nn.Module, example: torch.Tensor, precision: str) -> 'OnnxRuntime':
         """Export with PyTorch's exporter, for any batch."""
         program = _export(model, example, dynamic=True)
-        buffer = io.BytesIO()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix='cspnet_timm_') as folder:
             warnings.simplefilter('ignore')
-            exported = torch.onnx.export(program, dynamo=True, verbose=False)
-        assert exported is not None
-        exported.save(buffer)
-        return cls(buffer.getvalue())
+            path = Path(folder, 'model.onnx')
+            torch.onnx.export(program, (), path, dynamo=True, verbose=False, external_data=False)
+            return cls(path.read_bytes())
 
     def arrangements(self, batch: int, threads: int) -> List[Arrangement]:
         """Streams with pictures of their own, and all threads on the batch."""

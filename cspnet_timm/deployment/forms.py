@@ -4,7 +4,7 @@ Each function takes a network whose batch norms are folded and returns a copy th
 None if there is nothing to change. Which form is the faster one differs from machine to machine, and is measured.
 """
 import copy
-from typing import Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -215,9 +215,9 @@ def _bias(conv: nn.Conv2d) -> torch.Tensor:
 
 
 def _empty_conv(conv: nn.Conv2d, in_chs: int, out_chs: int, groups: int) -> nn.Conv2d:
-    return nn.Conv2d(
-        in_chs, out_chs, conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
-        groups=groups, device='meta')
+    kwargs: Dict[str, Any] = dict(
+        kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
+    return nn.Conv2d(in_chs, out_chs, groups=groups, device='meta', **kwargs)
 
 
 def _with_weights(conv: nn.Conv2d, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> nn.Conv2d:

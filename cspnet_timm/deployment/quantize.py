@@ -5,7 +5,7 @@ Weights are symmetric with a scale per output channel, maps have one scale; a ma
 steps for the positive ones. Biases, sums, activations and what is no convolution stay as they were.
 """
 import copy
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -38,10 +38,11 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Round and compute."""
-        layer = self.layer
+        layer: Any = self.layer
+        scale: Any = self.weight_scale
+        zero: Any = self.weight_zero
         x = torch.fake_quantize_per_tensor_affine(x, self.scale, 0, *self.range)
-        weight = torch.fake_quantize_per_channel_affine(
-            layer.weight, self.weight_scale, self.weight_zero, 0, -127, 127)
+        weight = torch.fake_quantize_per_channel_affine(layer.weight, scale, zero, 0, -127, 127)
         if isinstance(layer, nn.Conv2d):
             return layer._conv_forward(x, weight, layer.bias)
         return F.linear(x, weight, layer.bias)
@@ -63,7 +64,7 @@ class _Observer:
         self.samples.append(x[torch.randint(x.numel(), (min(SAMPLES, x.numel()),))])
 
     def scale(self) -> float:
-        """The step with the least squared error over the sample: a few clipped values can cost less than coarse steps."""
+        """The step with the least squared error over the sample: clipping a few values can cost less than coarse steps."""
         if not self.largest > 0:
             return 1.
         steps = 127 if self.signed else 255
