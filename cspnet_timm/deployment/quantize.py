@@ -64,7 +64,7 @@ class _Observer:
         self.samples.append(x[torch.randint(x.numel(), (min(SAMPLES, x.numel()),))])
 
     def scale(self) -> float:
-        """The step with the least squared error over the sample: clipping a few values can cost less than coarse steps."""
+        """The step with the least squared error over the sample, which may clip a few values."""
         if not self.largest > 0:
             return 1.
         steps = 127 if self.signed else 255
