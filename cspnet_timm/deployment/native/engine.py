@@ -1,0 +1,334 @@
+"""Running a plan: memory, order of work, threads."""
+import ctypes
+import os
+import threading
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+
+from .build import library
+from .layout import BAND, DIRECT, PATCH, Buffer, Layer, Layout, act_fields, arrange, pack_weights
+from .plan import Plan
+
+__all__ = ['NativeEngine']
+
+KINDS = {'conv': 0, 'depthwise': 1, 'pool': 2, 'mean': 3, 'act': 4, 'add': 4, 'mul': 4, 'upsample': 5, 'zeros': 6,
+         'input': 7, 'output': 8}
+FIELDS = (
+    'kind', 'in_off', 'in_ps', 'in_h', 'in_w', 'in_c', 'out_h', 'out_w', 'kh', 'kw', 'stride', 'pad_h', 'pad_w', 'dil',
+    'act', 'act_param', 'res_mode', 'nblocks', 'table', 'weights', 'bias', 'mode', 'tap_c', 'ksteps', 'flavour',
+    'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'block_bytes', 'koff')
+CHUNK = 4  # pictures that one thread takes through the network together
+BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
+MAX_SIZES = 4  # sizes of pictures whose memory is kept
+
+
+class _Memory:
+    """Bytes of the engine's own allocator: aligned, zeroed, in large pages."""
+
+    def __init__(self, size: int) -> None:
+        self.lib = library()
+        self.address = self.lib.csp_alloc(size)
+        if not self.address:
+            raise MemoryError(f'{size} bytes for the native engine.')
+
+    def __del__(self) -> None:
+        if getattr(self, 'address', None):
+            self.lib.csp_free(self.address)
+
+
+class NativeEngine:
+    """A plan, ready to run.
+
+    Called with pictures ``(B, C, H, W)`` in float32, it returns the list of the network's outputs in float32. Any batch
+    size and any size of picture will do; memory for a new one is laid out at its first call.
+    """
+
+    def __init__(self, plan: Plan, threads: int, precision: str = 'bfloat16') -> None:
+        """
+        Args:
+            plan: The network.
+            threads: Threads that compute.
+            precision: What the maps and weights are kept in: ``'bfloat16'``.
+
+        Raises:
+            ValueError: If the precision is unknown or there are no threads.
+            RuntimeError: If the engine cannot run on this machine.
+        """
+        if precision != 'bfloat16':
+            raise ValueError(f'precision={precision!r} is not known to the native engine, choose \'bfloat16\'.')
+        if threads < 1:
+            raise ValueError(f'threads={threads}: at least one thread must compute.')
+        self.plan = plan
+        self.threads = threads
+        self._lib = library()
+        assert self._lib.csp_record() == len(FIELDS)
+        self._lock = threading.Lock()
+        self._team: Optional[int] = None
+        self._sizes: Dict[Tuple[int, int], '_Size'] = {}
+        self._weights: Dict[Any, Tuple[Any, ...]] = {}
+        self._size(*plan.input_shape[1:])
+
+    def _size(self, height: int, width: int) -> '_Size':
+        size = self._sizes.pop((height, width), None) or _Size(self, height, width)
+        self._sizes[height, width] = size
+        while len(self._sizes) > MAX_SIZES:
+            del self._sizes[next(iter(self._sizes))]
+        return size
+
+    def _threads(self) -> int:
+        # A forked process has no threads but the one that forked.
+        if self._team is None or self._lib.csp_team_pid(self._team) != os.getpid():
+            self._team = self._lib.csp_team(self.threads)
+        assert self._team is not None
+        return self._team
+
+    def __call__(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """Run the network.
+
+        Args:
+            x: Pictures ``(B, C, H, W)``, float32, on the CPU, contiguous or channels-last.
+
+        Returns:
+            The outputs, ``(B, C', H', W')`` in channels-last memory or ``(B, C')``.
+
+        Raises:
+            ValueError: If the pictures are not as said, or the network cannot take their size.
+        """
+        if x.ndim != 4 or x.shape[1] != self.plan.input_shape[0] or x.dtype != torch.float32 or x.device.type != 'cpu':
+            raise ValueError(f'The native engine takes float32 pictures (B, {self.plan.input_shape[0]}, H, W) on the '
+                             f'CPU, not {x.dtype} {tuple(x.shape)} on {x.device}.')
+        x = x.detach()
+        with self._lock:
+            return self._size(*x.shape[2:]).run(x)
+
+    def __del__(self) -> None:
+        if getattr(self, '_team', None) is not None:
+            self._lib.csp_team_free(self._team)
+
+
+class _Size:
+    """A network at one size of picture."""
+
+    def __init__(self, engine: NativeEngine, height: int, width: int) -> None:
+        self.engine = engine
+        self.layout = arrange(engine.plan, height, width)
+        self.programs: Dict[Tuple[int, int], _Program] = {}
+        self.arenas: Dict[Tuple[int, int], _Memory] = {}
+        self.outputs = [(layer.ins[0].c, layer.ins[0].h, layer.ins[0].w, layer['vector'])
+                        for layer in self.layout.layers if layer.op == 'output']
+        self.packed = {}
+        for layer in self.layout.layers:
+            if layer.op == 'conv':
+                self.packed[layer] = _pack(layer)
+
+    def program(self, pictures: int, team: int) -> '_Program':
+        if (pictures, team) not in self.programs:
+            self.programs[pictures, team] = _Program(self, pictures, team)
+        return self.programs[pictures, team]
+
+    def arena(self, program: '_Program', index: int) -> int:
+        memory = self.arenas.get((id(program), index))
+        if memory is None:
+            memory = self.arenas[id(program), index] = _Memory(program.arena_bytes)
+        return memory.address  # type: ignore[no-any-return]
+
+    def run(self, x: torch.Tensor) -> List[torch.Tensor]:
+        batch, threads = len(x), self.engine.threads
+        results = [torch.empty(batch, h, w, c) for c, h, w, _ in self.outputs]
+        # Whole pictures to each thread as far as they go round, in chunks; the rest by all threads together.
+        share = batch // threads if threads > 1 else 0
+        apart: List[Tuple[int, int, int]] = []  # first picture, pictures, thread
+        done = 0
+        while share:
+            take = min(share, CHUNK)
+            apart += [(done + t * take, take, t) for t in range(threads)]
+            done += take * threads
+            share -= take
+        together = [(start, min(CHUNK, batch - start), 0) for start in range(done, batch, CHUNK)]
+        for chunks, team in ((apart, 1), (together, threads)):
+            if not chunks:
+                continue
+            jobs, keep = [], []
+            for start, count, thread in chunks:
+                program = self.program(count, team)
+                pointers = (ctypes.c_int64 * len(results))(*(r[start:].data_ptr() for r in results))
+                keep.append(pointers)
+                jobs += [program.handle, self.arena(program, thread), x[start:].data_ptr(), *x.stride(),
+                         ctypes.addressof(pointers)]
+            array = (ctypes.c_int64 * len(jobs))(*jobs)
+            self.engine._lib.csp_run(self.engine._threads(), array, len(chunks), team > 1)
+        return [r.flatten(1) if vector else r.permute(0, 3, 1, 2) for r, (*_, vector) in zip(results, self.outputs)]
+
+
+def _pack(layer: Layer) -> Dict[str, Any]:
+    if layer.depthwise:
+        weight, bias = layer.weights[0], layer.biases[0]
+        pad = -len(bias) % 32
+        taps = torch.nn.functional.pad(weight.flatten(1).t(), (0, pad)).contiguous()
+        return {'weights': taps.float(), 'bias': torch.nn.functional.pad(bias, (0, pad)).contiguous()}
+    packed = pack_weights(layer)
+    for key in ('weights', 'bias'):
+        tensor = packed[key]
+        memory = _Memory(tensor.numel() * tensor.element_size() + 64)
+        ctypes.memmove(memory.address, tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        packed[key] = memory
+    return packed
+
+
+def _address(memory: Any) -> int:
+    return memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.address
+
+
+class _Program:
+    """The work of one or several threads for a number of pictures."""
+
+    def __init__(self, size: _Size, pictures: int, team: int) -> None:
+        self.lib = size.engine._lib
+        layout = size.layout
+        self.pictures, self.team = pictures, team
+        self.arena_bytes = _allocate(layout, pictures)
+        self.keep: List[Any] = []
+        records: List[int] = []
+        scratch, tiles = 0, 0
+        for layer in layout.layers:
+            record = self._record(layer, size.packed.get(layer))
+            records += [int(record.get(name, 0)) for name in FIELDS]
+            if layer.op == 'conv' and not layer.depthwise:
+                s, t = _scratch(record, pictures)
+                scratch, tiles = max(scratch, s), max(tiles, t)
+        array = (ctypes.c_int64 * len(records))(*records)
+        self.handle = self.lib.csp_program(array, len(layout.layers), scratch, tiles)
+        for rank in range(team):
+            steps = [v for step in _schedule(layout, pictures, team, rank, size.packed) for v in step]
+            self.lib.csp_steps(self.handle, (ctypes.c_int64 * len(steps))(*steps), len(steps) // 8)
+
+    def __del__(self) -> None:
+        if getattr(self, 'handle', None):
+            self.lib.csp_program_free(self.handle)
+
+    def _record(self, layer: Layer, packed: Optional[Dict[str, Any]]) -> Dict[str, int]:
+        r: Dict[str, int] = {'kind': KINDS[layer.op], 'stride': 1, 'dil': 1, 'kh': 1, 'kw': 1, 'is_f32': layer.is_f32}
+        if layer.ins:
+            x = layer.ins[0]
+            r.update(in_off=_at(x), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w, in_c=x.c)
+        if layer.outs:
+            y = layer.outs[0]
+            r.update(out_off=_at(y), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c)
+        r['act'], r['act_param'] = act_fields(layer)
+        if layer.op in ('conv', 'pool'):
+            r.update(kh=layer['kernel'][0], kw=layer['kernel'][1], stride=layer['stride'], pad_h=layer['pad'][0],
+                     pad_w=layer['pad'][1], dil=layer.fields.get('dilation', 1))
+        if layer.op == 'conv':
+            assert packed is not None
+            r.update(res_mode=layer.res_mode, weights=_address(packed['weights']), bias=_address(packed['bias']))
+            if layer.depthwise:
+                r.update(kind=KINDS['depthwise'], nblocks=(layer.ins[0].c + 31) // 32)
+                if layer.res is not None:
+                    r.update(in2_off=_at(layer.res), in2_ps=layer.res.buffer.stride)
+                return r
+            table: List[int] = []
+            for index, first, count, a_off in packed['blocks']:
+                v, res = layer.outs[index], layer.res
+                # The last block of a buffer also fills the room behind it.
+                whole = v.offset + v.c == v.buffer.c and first + count == v.c and (
+                    layer.is_f32 or (v.offset + first + 32) * 2 <= v.buffer.stride)
+                table += [_at(v) + first * (4 if layer.is_f32 else 2), v.buffer.stride, 32 if whole else count,
+                          _at(res) + first * 2 if res is not None else 0, res.buffer.stride if res is not None else 0,
+                          a_off]
+            tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(packed['koff']))(*packed['koff'])
+            self.keep += tables
+            width = layer.outs[0].w
+            span = width + (r['kw'] - 1) * r['dil']
+            # Rows whose ends leave tiles half empty are taken as one, with the zeros between them.
+            flat = packed['mode'] == BAND and r['stride'] == 1 and span < (width + 15) // 16 * 16
+            r.update(nblocks=len(packed['blocks']), table=ctypes.addressof(tables[0]), koff=ctypes.addressof(tables[1]),
+                     mode=packed['mode'], tap_c=packed['tap_c'], ksteps=packed['ksteps'], flat=flat,
+                     block_bytes=BLOCK_BYTES)
+        elif layer.op == 'pool':
+            r['flavour'] = ('max', 'mean', 'mean_padded').index(layer['kind'])
+        elif layer.op in ('add', 'mul', 'act'):
+            r['flavour'] = ('act', 'add', 'mul').index(layer.op)
+            if layer.op == 'act':
+                r['act'], r['act_param'] = act_fields_of(layer)
+            else:
+                y = layer.ins[1]
+                r.update(in2_off=_at(y), in2_ps=y.buffer.stride, in2_small=(y.h, y.w) != (layer.ins[0].h, layer.ins[0].w))
+        elif layer.op == 'upsample':
+            r['stride'] = layer['scale']
+        elif layer.op == 'output':
+            r['index'] = layer['index']
+            r.update(out_h=layer.ins[0].h, out_w=layer.ins[0].w)
+        return r
+
+
+def act_fields_of(layer: Layer) -> Tuple[int, int]:
+    """The same for an activation that stands alone."""
+    layer.act, layer.slope = layer['kind'], layer['slope']
+    return act_fields(layer)
+
+
+def _at(value: Any) -> int:
+    return int(value.buffer.address + value.offset * 2)
+
+
+def _allocate(layout: Layout, pictures: int) -> int:
+    """Give each buffer an address, such that those alive together do not overlap; returns the bytes in all."""
+    for b in layout.buffers:
+        b.first, b.last = 1 << 60, -1
+    for i, layer in enumerate(layout.layers):
+        for v in layer.reads + layer.outs:
+            assert v.buffer is not None
+            v.buffer.first, v.buffer.last = min(v.buffer.first, i), max(v.buffer.last, i)
+    placed: List[Tuple[int, int, Buffer]] = []
+    total = 0
+    for b in sorted(layout.buffers, key=lambda b: (not b.alone, -b.bytes(pictures))):
+        size = (b.bytes(pictures) + 64 + 4095) // 4096 * 4096
+        at = 0
+        for start, end, other in sorted(placed, key=lambda p: p[0]):
+            if b.alone or other.alone or (other.first <= b.last and b.first <= other.last):
+                if at + size <= start:
+                    break
+                at = max(at, end)
+        b.address = at
+        placed.append((at, at + size, b))
+        total = max(total, at + size)
+    # A tile reads 16 pixels whether they are there or not.
+    return total + 32 * max(b.stride for b in layout.buffers) + 4096
+
+
+def _scratch(r: Dict[str, int], pictures: int) -> Tuple[int, int]:
+    """Bytes of scratch memory and tiles that a convolution needs at most."""
+    width = (r['out_w'] - 1) * r['stride'] + (r['kw'] - 1) * r['dil'] + 1
+    px = r['tap_c'] * 2
+    patch = (r['kh'] * r['kw'] * px + 63) // 64 * 64
+    per_row = {DIRECT: r['out_w'] * r['in_ps'], PATCH: r['out_w'] * patch, BAND: width * px * r['stride']}[r['mode']]
+    rows = min(max(1, r['block_bytes'] // per_row), pictures * r['out_h'])
+    tiles = rows * ((width + 15) // 16 + 1) + 2 * pictures + 2
+    if r['mode'] == DIRECT:
+        return 0, tiles
+    if r['mode'] == PATCH:
+        return rows * per_row + 32 * patch + 4096, tiles
+    return ((rows * r['stride'] + min(rows, pictures) * (r['kh'] * r['dil'])) * width * px
+            + 32 * px * r['stride'] + r['kh'] * r['dil'] * width * px + 4096, tiles)
+
+
+def _schedule(layout: Layout, pictures: int, team: int, rank: int, packed: Dict[Layer, Any]) -> List[Tuple[int, ...]]:
+    """The steps of one thread: layer, pictures, rows, blocks of output channels, and whether it is a barrier."""
+    steps: List[Tuple[int, ...]] = []
+    for i, layer in enumerate(layout.layers):
+        v = layer.outs[0] if layer.outs else layer.ins[0]
+        blocks = len(packed[layer]['blocks']) if layer.op == 'conv' and not layer.depthwise else 0
+        if team == 1:
+            steps.append((i, 0, pictures, 0, v.h, 0, blocks, 0))
+            continue
+        if v.h >= team and not (blocks >= 2 * team and v.h < 16):
+            if v.h * rank // team < v.h * (rank + 1) // team:
+                steps.append((i, 0, pictures, v.h * rank // team, v.h * (rank + 1) // team, 0, blocks, 0))
+        elif blocks >= team:
+            steps.append((i, 0, pictures, 0, v.h, blocks * rank // team, blocks * (rank + 1) // team, 0))
+        elif rank == 0:
+            steps.append((i, 0, pictures, 0, v.h, 0, blocks, 0))
+        if i + 1 < len(layout.layers):
+            steps.append((0, 0, 0, 0, 0, 0, 0, 1))
+    return steps
