@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 from .build import library
-from .layout import BAND, DIRECT, PATCH, Buffer, Layer, Layout, act_fields, arrange, pack_weights
+from .layout import BAND, DIRECT, PATCH, Buffer, Layer, Layout, Value, act_fields, arrange, pack_weights
 from .plan import Plan
 
 __all__ = ['NativeEngine']
@@ -20,6 +20,8 @@ FIELDS = (
     'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'block_bytes', 'koff')
 CHUNK = 4  # pictures that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
+SEGMENT_WEIGHTS = 600 << 10  # of layers that are worked through together
+BAND_BYTES = 800 << 10  # of all maps of such layers, for the rows that are worked on
 MAX_SIZES = 4  # sizes of pictures whose memory is kept
 
 
@@ -187,34 +189,42 @@ class _Program:
         self.lib = size.engine._lib
         layout = size.layout
         self.pictures, self.team = pictures, team
-        self.arena_bytes = _allocate(layout, pictures)
+        segments = _segments(layout, pictures, team, size.packed)
+        self.arena_bytes = _allocate(layout, pictures, segments)
         self.keep: List[Any] = []
         records: List[int] = []
         scratch, tiles = 0, 0
-        for layer in layout.layers:
-            record = self._record(layer, size.packed.get(layer))
-            records += [int(record.get(name, 0)) for name in FIELDS]
-            if layer.op == 'conv' and not layer.depthwise:
-                s, t = _scratch(record, pictures)
-                scratch, tiles = max(scratch, s), max(tiles, t)
+        index: Dict[Tuple[int, int], int] = {}  # of the record of a layer, for the pictures from a certain one on
+        for segment in segments:
+            for start in range(0, pictures, segment.pictures):
+                for i in segment.layers:
+                    layer = layout.layers[i]
+                    record = self._record(layer, size.packed.get(layer), start)
+                    index[i, start] = len(records) // len(FIELDS)
+                    records += [int(record.get(name, 0)) for name in FIELDS]
+                    if layer.op == 'conv' and not layer.depthwise:
+                        s, t = _scratch(record, pictures)
+                        scratch, tiles = max(scratch, s), max(tiles, t)
         array = (ctypes.c_int64 * len(records))(*records)
-        self.handle = self.lib.csp_program(array, len(layout.layers), scratch, tiles)
+        self.handle = self.lib.csp_program(array, len(records) // len(FIELDS), scratch, tiles)
         for rank in range(team):
-            steps = [v for step in _schedule(layout, pictures, team, rank, size.packed) for v in step]
-            self.lib.csp_steps(self.handle, (ctypes.c_int64 * len(steps))(*steps), len(steps) // 8)
+            self.steps = _schedule(layout, segments, pictures, team, rank, size.packed, index)
+            flat = [v for step in self.steps for v in step]
+            self.lib.csp_steps(self.handle, (ctypes.c_int64 * len(flat))(*flat), len(self.steps))
+        self.index = index
 
     def __del__(self) -> None:
         if getattr(self, 'handle', None):
             self.lib.csp_program_free(self.handle)
 
-    def _record(self, layer: Layer, packed: Optional[Dict[str, Any]]) -> Dict[str, int]:
+    def _record(self, layer: Layer, packed: Optional[Dict[str, Any]], start: int) -> Dict[str, int]:
         r: Dict[str, int] = {'kind': KINDS[layer.op], 'stride': 1, 'dil': 1, 'kh': 1, 'kw': 1, 'is_f32': layer.is_f32}
         if layer.ins:
             x = layer.ins[0]
-            r.update(in_off=_at(x), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w, in_c=x.c)
+            r.update(in_off=_at(x, start), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w, in_c=x.c)
         if layer.outs:
             y = layer.outs[0]
-            r.update(out_off=_at(y), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c)
+            r.update(out_off=_at(y, start), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c)
         r['act'], r['act_param'] = act_fields(layer)
         if layer.op in ('conv', 'pool'):
             r.update(kh=layer['kernel'][0], kw=layer['kernel'][1], stride=layer['stride'], pad_h=layer['pad'][0],
@@ -225,7 +235,7 @@ class _Program:
             if layer.depthwise:
                 r.update(kind=KINDS['depthwise'], nblocks=(layer.ins[0].c + 31) // 32)
                 if layer.res is not None:
-                    r.update(in2_off=_at(layer.res), in2_ps=layer.res.buffer.stride)
+                    r.update(in2_off=_at(layer.res, start), in2_ps=layer.res.buffer.stride)
                 return r
             table: List[int] = []
             for index, first, count, a_off in packed['blocks']:
@@ -233,8 +243,8 @@ class _Program:
                 # The last block of a buffer also fills the room behind it.
                 whole = v.offset + v.c == v.buffer.c and first + count == v.c and (
                     layer.is_f32 or (v.offset + first + 32) * 2 <= v.buffer.stride)
-                table += [_at(v) + first * (4 if layer.is_f32 else 2), v.buffer.stride, 32 if whole else count,
-                          _at(res) + first * 2 if res is not None else 0, res.buffer.stride if res is not None else 0,
+                table += [_at(v, start) + first * (4 if layer.is_f32 else 2), v.buffer.stride, 32 if whole else count,
+                          _at(res, start) + first * 2 if res is not None else 0, res.buffer.stride if res is not None else 0,
                           a_off]
             tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(packed['koff']))(*packed['koff'])
             self.keep += tables
@@ -253,7 +263,7 @@ class _Program:
                 r['act'], r['act_param'] = act_fields_of(layer)
             else:
                 y = layer.ins[1]
-                r.update(in2_off=_at(y), in2_ps=y.buffer.stride, in2_small=(y.h, y.w) != (layer.ins[0].h, layer.ins[0].w))
+                r.update(in2_off=_at(y, start), in2_ps=y.buffer.stride, in2_small=(y.h, y.w) != (layer.ins[0].h, layer.ins[0].w))
         elif layer.op == 'upsample':
             r['stride'] = layer['scale']
         elif layer.op == 'output':
@@ -268,22 +278,72 @@ def act_fields_of(layer: Layer) -> Tuple[int, int]:
     return act_fields(layer)
 
 
-def _at(value: Any) -> int:
-    return int(value.buffer.address + value.offset * 2)
+def _at(value: Value, start: int) -> int:
+    """Where a map lies; with room for a few pictures only, such that picture ``start`` is its first."""
+    buffer = value.buffer
+    assert buffer is not None
+    return buffer.address + value.offset * 2 - (start * buffer.bytes(1) if buffer.reused else 0)
 
 
-def _allocate(layout: Layout, pictures: int) -> int:
+class _Segment:
+    """Layers that are worked through together for some of the pictures, by bands of rows if ``bands`` is over 1."""
+
+    def __init__(self, layers: List[int], pictures: int, bands: int) -> None:
+        self.layers, self.pictures, self.bands = layers, pictures, bands
+
+
+def _weight_bytes(layer: Layer, packed: Dict[Layer, Any]) -> int:
+    p = packed.get(layer)
+    return 0 if p is None or layer.depthwise else len(p['blocks']) * p['ksteps'] * 2048
+
+
+def _segments(layout: Layout, pictures: int, team: int, packed: Dict[Layer, Any]) -> List[_Segment]:
+    """Cut the network into runs of layers whose weights and bands of maps stay in the second-level cache."""
+    n = len(layout.layers)
+    if team > 1:
+        return [_Segment([i], pictures, 1) for i in range(n)]
+    runs: List[List[int]] = []
+    weights = 0
+    for i, layer in enumerate(layout.layers):
+        own = _weight_bytes(layer, packed)
+        if not runs or weights + own > SEGMENT_WEIGHTS or layout.layers[i - 1].op == 'mean':
+            runs.append([])
+            weights = 0
+        runs[-1].append(i)
+        weights += own
+    segments = []
+    for run in runs:
+        layers = [layout.layers[i] for i in run]
+        one = sum({id(v.buffer): v.buffer.bytes(1) for x in layers for v in x.reads + x.outs if v.buffer}.values())
+        together = pictures
+        while len(run) > 1 and together > 1 and one * together > BAND_BYTES:
+            together = (together + 1) // 2
+        bands = 1
+        height = min((x.outs or x.ins)[0].h for x in layers)
+        if together == 1 and len(run) > 1 and not any(x.op == 'mean' for x in layers):
+            bands = max(1, min(-(-one // BAND_BYTES), height // 2))
+        segments.append(_Segment(run, together, bands))
+    return segments
+
+
+def _allocate(layout: Layout, pictures: int, segments: List[_Segment]) -> int:
     """Give each buffer an address, such that those alive together do not overlap; returns the bytes in all."""
     for b in layout.buffers:
         b.first, b.last = 1 << 60, -1
-    for i, layer in enumerate(layout.layers):
-        for v in layer.reads + layer.outs:
-            assert v.buffer is not None
-            v.buffer.first, v.buffer.last = min(v.buffer.first, i), max(v.buffer.last, i)
+    for i, segment in enumerate(segments):
+        for k in segment.layers:
+            for v in layout.layers[k].reads + layout.layers[k].outs:
+                assert v.buffer is not None
+                v.buffer.first, v.buffer.last = min(v.buffer.first, i), max(v.buffer.last, i)
+    room = {}
+    for b in layout.buffers:
+        # A map that no other segment sees needs room for the pictures only that the segment works on.
+        b.reused = b.first == b.last
+        room[b] = segments[b.first].pictures if b.reused else pictures
     placed: List[Tuple[int, int, Buffer]] = []
     total = 0
-    for b in sorted(layout.buffers, key=lambda b: (not b.alone, -b.bytes(pictures))):
-        size = (b.bytes(pictures) + 64 + 4095) // 4096 * 4096
+    for b in sorted(layout.buffers, key=lambda b: (not b.alone, -b.bytes(room[b]))):
+        size = (b.bytes(room[b]) + 64 + 4095) // 4096 * 4096
         at = 0
         for start, end, other in sorted(placed, key=lambda p: p[0]):
             if b.alone or other.alone or (other.first <= b.last and b.first <= other.last):
@@ -313,22 +373,83 @@ def _scratch(r: Dict[str, int], pictures: int) -> Tuple[int, int]:
             + 32 * px * r['stride'] + r['kh'] * r['dil'] * width * px + 4096, tiles)
 
 
-def _schedule(layout: Layout, pictures: int, team: int, rank: int, packed: Dict[Layer, Any]) -> List[Tuple[int, ...]]:
-    """The steps of one thread: layer, pictures, rows, blocks of output channels, and whether it is a barrier."""
+def _rows_read(layer: Layer, rows: int) -> int:
+    """How many rows of its input a layer must have for the first ``rows`` of its output."""
+    height = layer.ins[0].h
+    if layer.op in ('conv', 'pool'):
+        reach = (rows - 1) * layer['stride'] - layer['pad'][0] + (layer['kernel'][0] - 1) * layer.fields.get('dilation', 1)
+        return max(0, min(height, reach + 1))
+    if layer.op == 'upsample':
+        return min(height, -(-rows // layer['scale']))
+    return height if layer.op == 'mean' else rows
+
+
+def _schedule(
+        layout: Layout,
+        segments: List[_Segment],
+        pictures: int,
+        team: int,
+        rank: int,
+        packed: Dict[Layer, Any],
+        index: Dict[Tuple[int, int], int],
+) -> List[Tuple[int, ...]]:
+    """The steps of one thread: record, pictures, rows, blocks of output channels, and whether it is a barrier."""
     steps: List[Tuple[int, ...]] = []
-    for i, layer in enumerate(layout.layers):
-        v = layer.outs[0] if layer.outs else layer.ins[0]
-        blocks = len(packed[layer]['blocks']) if layer.op == 'conv' and not layer.depthwise else 0
+    for segment in segments:
         if team == 1:
-            steps.append((i, 0, pictures, 0, v.h, 0, blocks, 0))
+            for start in range(0, pictures, segment.pictures):
+                stop = min(pictures, start + segment.pictures)
+                done = {i: 0 for i in segment.layers}
+                for band in range(1, segment.bands + 1):
+                    for i, need in _needed(layout, segment, band).items():
+                        if need > done[i]:
+                            blocks = _blocks(layout.layers[i], packed)
+                            steps.append((index[i, start], start, stop, done[i], need, 0, blocks, 0))
+                            done[i] = need
             continue
+        i, = segment.layers
+        layer = layout.layers[i]
+        v = (layer.outs or layer.ins)[0]
+        blocks, k = _blocks(layer, packed), index[i, 0]
         if v.h >= team and not (blocks >= 2 * team and v.h < 16):
             if v.h * rank // team < v.h * (rank + 1) // team:
-                steps.append((i, 0, pictures, v.h * rank // team, v.h * (rank + 1) // team, 0, blocks, 0))
+                steps.append((k, 0, pictures, v.h * rank // team, v.h * (rank + 1) // team, 0, blocks, 0))
         elif blocks >= team:
-            steps.append((i, 0, pictures, 0, v.h, blocks * rank // team, blocks * (rank + 1) // team, 0))
+            steps.append((k, 0, pictures, 0, v.h, blocks * rank // team, blocks * (rank + 1) // team, 0))
         elif rank == 0:
-            steps.append((i, 0, pictures, 0, v.h, 0, blocks, 0))
-        if i + 1 < len(layout.layers):
+            steps.append((k, 0, pictures, 0, v.h, 0, blocks, 0))
+        if segment is not segments[-1]:
             steps.append((0, 0, 0, 0, 0, 0, 0, 1))
     return steps
+
+
+def _blocks(layer: Layer, packed: Dict[Layer, Any]) -> int:
+    return len(packed[layer]['blocks']) if layer.op == 'conv' and not layer.depthwise else 0
+
+
+def _needed(layout: Layout, segment: _Segment, band: int) -> Dict[int, int]:
+    """The rows of each layer that must be done after a band, so that the segment's results have their part."""
+    need: Dict[int, int] = {}
+    inside = {layout.layers[i]: i for i in segment.layers}
+    for i in reversed(segment.layers):
+        layer = layout.layers[i]
+        height = (layer.outs or layer.ins)[0].h
+        rows = 0
+        outside = not layer.outs
+        for v in layer.outs:
+            for user in layout.readers(v):
+                if user not in inside:
+                    outside = True
+                    continue
+                same = user.res is not None and user.res.buffer is v.buffer or v is not user.ins[0]
+                rows = max(rows, need[inside[user]] if same else 0,
+                           _rows_read(user, need[inside[user]]) if any(_overlap(v, x) for x in user.ins) else 0)
+            outside = outside or not layout.readers(v)
+        if outside or band == segment.bands:
+            rows = max(rows, -(-height * band // segment.bands))
+        need[i] = min(height, rows)
+    return {i: need[i] for i in segment.layers}
+
+
+def _overlap(a: Value, b: Value) -> bool:
+    return a.buffer is b.buffer and a.offset < b.offset + b.c and b.offset < a.offset + a.c

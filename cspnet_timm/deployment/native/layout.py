@@ -39,6 +39,7 @@ class Buffer:
         self.first, self.last = 1 << 60, -1
         self.address = 0
         self.alone = False
+        self.reused = False
 
     def bytes(self, pictures: int) -> int:
         return pictures * self.h * self.w * self.stride
@@ -68,6 +69,16 @@ class Layout:
 
     def __init__(self, layers: List[Layer], values: List[Value], buffers: List[Buffer]) -> None:
         self.layers, self.values, self.buffers = layers, values, buffers
+        self._readers: Dict[Value, List[Layer]] = {}
+        for layer in layers:
+            for v in layer.outs:
+                self._readers[v] = [other for other in layers if any(
+                    v.buffer is r.buffer and v.offset < r.offset + r.c and r.offset < v.offset + v.c
+                    for r in other.reads)]
+
+    def readers(self, value: Value) -> List[Layer]:
+        """The layers that read a part of a map, be it through a concatenation or a slice."""
+        return self._readers[value]
 
 
 def arrange(plan: Plan, height: int, width: int) -> Layout:
