@@ -34,6 +34,7 @@ struct Layer {
     i64 kind, in_off, in_ps, in_h, in_w, in_c, out_h, out_w, kh, kw, stride, pad_h, pad_w, dil, act, act_param;
     i64 res_mode, nblocks, table, weights, bias, mode, tap_c, ksteps, flavour, in2_off, in2_ps, in2_small;
     i64 out_off, out_ps, out_c, index, is_f32, flat, block_bytes, koff;
+    i64 in_mod;  // rows that the input has room for; row y lies at y % in_mod
 };
 // What a block of 32 output channels of a convolution reads and writes.
 struct Block { i64 out_off, out_ps, nstore, res_off, res_ps, a_off; };
@@ -253,7 +254,7 @@ static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i6
         if (y < 0 || y >= l.in_h) { zero_bytes(to, width * px); to += width * px; continue; }
         const i64 left = std::min(l.pad_w, width), right = std::min(width, l.pad_w + l.in_w);
         if (left) zero_bytes(to, left * px);
-        const char* from = picture + y * l.in_w * l.in_ps;
+        const char* from = picture + y % l.in_mod * l.in_w * l.in_ps;
         char* at = to + left * px;
         if (l.in_ps == px && bytes == px) { copy_bytes(at, from, (right - left) * px); }
         else for (i64 x = left; x < right; x++, at += px, from += l.in_ps) copy_padded(at, from, bytes);
@@ -265,6 +266,8 @@ static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i6
 // The patches of positions of row y of one picture, each ksteps * 64 bytes or more (row_bytes).
 static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i64 row_bytes) {
     const i64 tap = l.tap_c * 2, bytes = l.in_c * 2;
+    const i64 run = l.kw * tap;
+    const __mmask64 run_mask = run >= 64 ? ~0ull : (1ull << run) - 1;
     const bool runs = l.in_ps == tap && l.dil == 1 && bytes == tap;  // neighbours in a row are neighbours in the patch
     for (i64 x = 0; x < l.out_w; x++, to += row_bytes) {
         char* at = to;
@@ -272,10 +275,12 @@ static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i
         for (i64 ky = 0; ky < l.kh; ky++) {
             const i64 iy = y * l.stride - l.pad_h + ky * l.dil;
             if (iy < 0 || iy >= l.in_h) { zero_bytes(at, l.kw * tap); at += l.kw * tap; continue; }
-            const char* row = picture + iy * l.in_w * l.in_ps;
+            const char* row = picture + iy % l.in_mod * l.in_w * l.in_ps;
             if (runs && ix >= 0 && ix + l.kw <= l.in_w) {
-                copy_bytes(at, row + ix * l.in_ps, l.kw * tap);
-                at += l.kw * tap;
+                const char* from = row + ix * l.in_ps;
+                if (run <= 64 && at + 64 <= to + row_bytes) _mm512_storeu_si512(at, _mm512_maskz_loadu_epi8(run_mask, from));
+                else copy_bytes(at, from, run);
+                at += run;
                 continue;
             }
             for (i64 kx = 0; kx < l.kw; kx++, at += tap) {
@@ -285,7 +290,8 @@ static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i
                 if (bytes < tap) zero_bytes(at + bytes, tap - bytes);
             }
         }
-        if (at < to + row_bytes) zero_bytes(at, to + row_bytes - at);
+        const i64 rest = to + row_bytes - at;  // less than 64
+        _mm512_mask_storeu_epi8(at, (1ull << rest) - 1, _mm512_setzero_si512());
     }
 }
 
@@ -406,7 +412,7 @@ static void run_depthwise(const Layer& l, const Step& s, char* arena) {
                         for (i64 kx = 0; kx < l.kw; kx++) {
                             const i64 ix = x * l.stride - l.pad_w + kx * d;
                             const float* wt = weights + (ky * l.kw + kx) * cp + c;
-                            const char* at = in + (iy * l.in_w + ix) * l.in_ps + c * 2;
+                            const char* at = in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * 2;
                             if (wide == 4) {
                                 const __m512 w0 = _mm512_loadu_ps(wt), w1 = _mm512_loadu_ps(wt + 16);
                                 for (int i = 0; i < 4; i++) {
@@ -444,7 +450,7 @@ static void run_pool(const Layer& l, const Step& s, char* arena) {
                 const i64 x0 = std::max<i64>(0, sx), x1 = std::min(l.in_w, sx + l.kw);
                 const i64 full_w = std::min(sx + l.kw, l.in_w + l.pad_w) - sx;
                 char* out = arena + l.out_off + ((b * l.out_h + y) * l.out_w + x) * l.out_ps;
-                if (l.kh == 1 && l.kw == 1) { copy_bytes(out, in + (sy * l.in_w + sx) * l.in_ps, l.in_c * 2); continue; }
+                if (l.kh == 1 && l.kw == 1) { copy_bytes(out, in + (sy % l.in_mod * l.in_w + sx) * l.in_ps, l.in_c * 2); continue; }
                 const i64 count = l.flavour == 2 ? full_h * full_w : (y1 - y0) * (x1 - x0);
                 const __m512 scale = _mm512_set1_ps(1.f / std::max<i64>(1, count));
                 for (i64 c = 0; c < l.in_c; c += 32) {
@@ -453,7 +459,7 @@ static void run_pool(const Layer& l, const Step& s, char* arena) {
                     __m512 lo = _mm512_set1_ps(start), hi = lo;
                     for (i64 iy = y0; iy < y1; iy++)
                         for (i64 ix = x0; ix < x1; ix++) {
-                            const __m512i v = load_bf16(in + (iy * l.in_w + ix) * l.in_ps + c * 2, n);
+                            const __m512i v = load_bf16(in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * 2, n);
                             if (l.flavour) { lo = _mm512_add_ps(lo, lo_half(v)); hi = _mm512_add_ps(hi, hi_half(v)); }
                             else { lo = _mm512_max_ps(lo, lo_half(v)); hi = _mm512_max_ps(hi, hi_half(v)); }
                         }
@@ -511,7 +517,7 @@ static void run_upsample(const Layer& l, const Step& s, char* arena) {
         for (i64 y = s.y0; y < s.y1; y++)
             for (i64 x = 0; x < l.out_w; x++)
                 copy_bytes(arena + l.out_off + ((b * l.out_h + y) * l.out_w + x) * l.out_ps,
-                           arena + l.in_off + ((b * l.in_h + y / l.stride) * l.in_w + x / l.stride) * l.in_ps, l.in_c * 2);
+                           arena + l.in_off + ((b * l.in_h + y / l.stride % l.in_mod) * l.in_w + x / l.stride) * l.in_ps, l.in_c * 2);
 }
 
 static void run_zero(const Layer& l, const Step& s, char* arena) {

@@ -2,7 +2,7 @@
 import ctypes
 import os
 import threading
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
@@ -17,7 +17,8 @@ KINDS = {'conv': 0, 'depthwise': 1, 'pool': 2, 'mean': 3, 'act': 4, 'add': 4, 'm
 FIELDS = (
     'kind', 'in_off', 'in_ps', 'in_h', 'in_w', 'in_c', 'out_h', 'out_w', 'kh', 'kw', 'stride', 'pad_h', 'pad_w', 'dil',
     'act', 'act_param', 'res_mode', 'nblocks', 'table', 'weights', 'bias', 'mode', 'tap_c', 'ksteps', 'flavour',
-    'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'block_bytes', 'koff')
+    'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'block_bytes', 'koff',
+    'in_mod')
 CHUNK = 4  # pictures that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
 SEGMENT_WEIGHTS = 600 << 10  # of layers that are worked through together
@@ -194,37 +195,45 @@ class _Program:
         self.keep: List[Any] = []
         records: List[int] = []
         scratch, tiles = 0, 0
-        index: Dict[Tuple[int, int], int] = {}  # of the record of a layer, for the pictures from a certain one on
-        for segment in segments:
-            for start in range(0, pictures, segment.pictures):
-                for i in segment.layers:
-                    layer = layout.layers[i]
-                    record = self._record(layer, size.packed.get(layer), start)
-                    index[i, start] = len(records) // len(FIELDS)
-                    records += [int(record.get(name, 0)) for name in FIELDS]
-                    if layer.op == 'conv' and not layer.depthwise:
-                        s, t = _scratch(record, pictures)
-                        scratch, tiles = max(scratch, s), max(tiles, t)
+        self.steps: List[List[Tuple[int, ...]]] = [[] for _ in range(team)]
+        self.layer_of: List[int] = []  # of each record
+        known: Dict[Tuple[int, ...], int] = {}
+        for i, start, stop, y0, y1, n0, n1, rank in _schedule(layout, segments, pictures, team, size.packed):
+            if i < 0:
+                for steps in self.steps:
+                    steps.append((0, 0, 0, 0, 0, 0, 0, 1))
+                continue
+            layer = layout.layers[i]
+            turns = tuple(y0 // v.buffer.rows for v in _in_place(layer, size.packed))  # of buffers that roll
+            if (i, start, *turns) not in known:
+                known[i, start, *turns] = len(self.layer_of)
+                self.layer_of.append(i)
+                record = self._record(layer, size.packed.get(layer), start, y0)
+                records += [int(record.get(name, 0)) for name in FIELDS]
+                if layer.op == 'conv' and not layer.depthwise:
+                    s, t = _scratch(record, pictures)
+                    scratch, tiles = max(scratch, s), max(tiles, t)
+            self.steps[rank].append((known[i, start, *turns], start, stop, y0, y1, n0, n1, 0))
         array = (ctypes.c_int64 * len(records))(*records)
-        self.handle = self.lib.csp_program(array, len(records) // len(FIELDS), scratch, tiles)
-        for rank in range(team):
-            self.steps = _schedule(layout, segments, pictures, team, rank, size.packed, index)
-            flat = [v for step in self.steps for v in step]
-            self.lib.csp_steps(self.handle, (ctypes.c_int64 * len(flat))(*flat), len(self.steps))
-        self.index = index
+        self.handle = self.lib.csp_program(array, len(self.layer_of), scratch, tiles)
+        for steps in self.steps:
+            flat = [v for step in steps for v in step]
+            self.lib.csp_steps(self.handle, (ctypes.c_int64 * len(flat))(*flat), len(steps))
 
     def __del__(self) -> None:
         if getattr(self, 'handle', None):
             self.lib.csp_program_free(self.handle)
 
-    def _record(self, layer: Layer, packed: Optional[Dict[str, Any]], start: int) -> Dict[str, int]:
+    def _record(self, layer: Layer, packed: Optional[Dict[str, Any]], start: int, row: int) -> Dict[str, int]:
         r: Dict[str, int] = {'kind': KINDS[layer.op], 'stride': 1, 'dil': 1, 'kh': 1, 'kw': 1, 'is_f32': layer.is_f32}
         if layer.ins:
             x = layer.ins[0]
-            r.update(in_off=_at(x, start), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w, in_c=x.c)
+            direct = _reads_in_place(layer, packed)
+            r.update(in_off=_at(x, start, row if direct else 0), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w, in_c=x.c,
+                     in_mod=x.buffer.rows)
         if layer.outs:
             y = layer.outs[0]
-            r.update(out_off=_at(y, start), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c)
+            r.update(out_off=_at(y, start, row), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c)
         r['act'], r['act_param'] = act_fields(layer)
         if layer.op in ('conv', 'pool'):
             r.update(kh=layer['kernel'][0], kw=layer['kernel'][1], stride=layer['stride'], pad_h=layer['pad'][0],
@@ -235,7 +244,7 @@ class _Program:
             if layer.depthwise:
                 r.update(kind=KINDS['depthwise'], nblocks=(layer.ins[0].c + 31) // 32)
                 if layer.res is not None:
-                    r.update(in2_off=_at(layer.res, start), in2_ps=layer.res.buffer.stride)
+                    r.update(in2_off=_at(layer.res, start, row), in2_ps=layer.res.buffer.stride)
                 return r
             table: List[int] = []
             for index, first, count, a_off in packed['blocks']:
@@ -243,8 +252,8 @@ class _Program:
                 # The last block of a buffer also fills the room behind it.
                 whole = v.offset + v.c == v.buffer.c and first + count == v.c and (
                     layer.is_f32 or (v.offset + first + 32) * 2 <= v.buffer.stride)
-                table += [_at(v, start) + first * (4 if layer.is_f32 else 2), v.buffer.stride, 32 if whole else count,
-                          _at(res, start) + first * 2 if res is not None else 0, res.buffer.stride if res is not None else 0,
+                table += [_at(v, start, row) + first * (4 if layer.is_f32 else 2), v.buffer.stride, 32 if whole else count,
+                          _at(res, start, row) + first * 2 if res is not None else 0, res.buffer.stride if res is not None else 0,
                           a_off]
             tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(packed['koff']))(*packed['koff'])
             self.keep += tables
@@ -263,7 +272,7 @@ class _Program:
                 r['act'], r['act_param'] = act_fields_of(layer)
             else:
                 y = layer.ins[1]
-                r.update(in2_off=_at(y, start), in2_ps=y.buffer.stride, in2_small=(y.h, y.w) != (layer.ins[0].h, layer.ins[0].w))
+                r.update(in2_off=_at(y, start, row), in2_ps=y.buffer.stride, in2_small=(y.h, y.w) != (layer.ins[0].h, layer.ins[0].w))
         elif layer.op == 'upsample':
             r['stride'] = layer['scale']
         elif layer.op == 'output':
@@ -278,11 +287,31 @@ def act_fields_of(layer: Layer) -> Tuple[int, int]:
     return act_fields(layer)
 
 
-def _at(value: Value, start: int) -> int:
-    """Where a map lies; with room for a few pictures only, such that picture ``start`` is its first."""
+def _at(value: Value, start: int, row: int) -> int:
+    """Where a map would begin such that a row of picture ``start`` lies where it does.
+
+    A buffer may have room for a few pictures only, of which ``start`` is the first, or for a few rows only, in turns.
+    """
     buffer = value.buffer
     assert buffer is not None
-    return buffer.address + value.offset * 2 - (start * buffer.bytes(1) if buffer.reused else 0)
+    turn = row // buffer.rows * buffer.rows * buffer.w * buffer.stride
+    picture = start * buffer.h * buffer.w * buffer.stride if buffer.reused else 0
+    return buffer.address + value.offset * 2 - picture - turn
+
+
+def _reads_in_place(layer: Layer, packed: Optional[Dict[str, Any]]) -> bool:
+    """Whether a layer reads its input at the very rows of its output, as one stretch of memory."""
+    if layer.op == 'conv':
+        return not layer.depthwise and packed is not None and packed['mode'] == DIRECT
+    return layer.op in ('add', 'mul', 'act', 'output')
+
+
+def _in_place(layer: Layer, packed: Dict[Layer, Any]) -> List[Value]:
+    """The maps that a layer reads or writes at the very rows of its output."""
+    values = layer.outs + ([layer.res] if layer.res is not None else [])
+    if layer.ins and _reads_in_place(layer, packed.get(layer)):
+        values = values + layer.ins
+    return [v for v in values if v.buffer is not None and v.buffer.rows < v.buffer.h]
 
 
 class _Segment:
@@ -290,6 +319,7 @@ class _Segment:
 
     def __init__(self, layers: List[int], pictures: int, bands: int) -> None:
         self.layers, self.pictures, self.bands = layers, pictures, bands
+        self.steps: List[Tuple[int, int, int]] = []  # layer and rows, where there are bands
 
 
 def _weight_bytes(layer: Layer, packed: Dict[Layer, Any]) -> int:
@@ -329,12 +359,17 @@ def _segments(layout: Layout, pictures: int, team: int, packed: Dict[Layer, Any]
 def _allocate(layout: Layout, pictures: int, segments: List[_Segment]) -> int:
     """Give each buffer an address, such that those alive together do not overlap; returns the bytes in all."""
     for b in layout.buffers:
-        b.first, b.last = 1 << 60, -1
+        b.first, b.last, b.rows = 1 << 60, -1, b.h
     for i, segment in enumerate(segments):
         for k in segment.layers:
             for v in layout.layers[k].reads + layout.layers[k].outs:
                 assert v.buffer is not None
                 v.buffer.first, v.buffer.last = min(v.buffer.first, i), max(v.buffer.last, i)
+        if segment.bands > 1:
+            segment.steps = _band_steps(layout, segment)
+    for i, segment in enumerate(segments):
+        if segment.bands > 1:
+            _roll(layout, segment, i)
     room = {}
     for b in layout.buffers:
         # A map that no other segment sees needs room for the pictures only that the segment works on.
@@ -384,43 +419,80 @@ def _rows_read(layer: Layer, rows: int) -> int:
     return height if layer.op == 'mean' else rows
 
 
+def _band_steps(layout: Layout, segment: _Segment) -> List[Tuple[int, int, int]]:
+    steps = []
+    done = {i: 0 for i in segment.layers}
+    for band in range(1, segment.bands + 1):
+        for i, need in _needed(layout, segment, band).items():
+            if need > done[i]:
+                steps.append((i, done[i], need))
+                done[i] = need
+    return steps
+
+
+def _roll(layout: Layout, segment: _Segment, number: int) -> None:
+    """Leave each buffer that only this segment sees as many rows as are needed at once."""
+    written: Dict[Buffer, int] = {}
+    highest: List[Tuple[Buffer, int, int]] = []  # after which step how many rows are written
+    reads: Dict[Buffer, List[Tuple[int, int]]] = {}  # at which step from which row on
+    for t, (i, y0, y1) in enumerate(segment.steps):
+        layer = layout.layers[i]
+        for v in layer.reads:
+            first = y0
+            if layer.op in ('conv', 'pool') and v is layer.ins[0]:
+                first = max(0, y0 * layer['stride'] - layer['pad'][0])
+            elif layer.op == 'upsample':
+                first = y0 // layer['scale']
+            assert v.buffer is not None
+            reads.setdefault(v.buffer, []).append((t, first))
+        for v in layer.outs:
+            assert v.buffer is not None
+            written[v.buffer] = max(written.get(v.buffer, 0), y1)
+            highest.append((v.buffer, t, written[v.buffer]))
+    rows: Dict[Buffer, int] = {}
+    for b, t, high in highest:
+        low = min((first for s, first in reads.get(b, []) if s >= t), default=high)
+        rows[b] = max(rows.get(b, 1), high - low)
+    for b, n in rows.items():
+        if b.first == b.last == number and not b.alone:
+            b.rows = min(b.h, n)
+
+
 def _schedule(
         layout: Layout,
         segments: List[_Segment],
         pictures: int,
         team: int,
-        rank: int,
         packed: Dict[Layer, Any],
-        index: Dict[Tuple[int, int], int],
-) -> List[Tuple[int, ...]]:
-    """The steps of one thread: record, pictures, rows, blocks of output channels, and whether it is a barrier."""
-    steps: List[Tuple[int, ...]] = []
+) -> Iterator[Tuple[int, ...]]:
+    """All steps in order: layer (-1: wait for one another), pictures, rows, blocks of output channels, thread."""
     for segment in segments:
-        if team == 1:
-            for start in range(0, pictures, segment.pictures):
-                stop = min(pictures, start + segment.pictures)
-                done = {i: 0 for i in segment.layers}
-                for band in range(1, segment.bands + 1):
-                    for i, need in _needed(layout, segment, band).items():
-                        if need > done[i]:
-                            blocks = _blocks(layout.layers[i], packed)
-                            steps.append((index[i, start], start, stop, done[i], need, 0, blocks, 0))
-                            done[i] = need
-            continue
-        i, = segment.layers
-        layer = layout.layers[i]
-        v = (layer.outs or layer.ins)[0]
-        blocks, k = _blocks(layer, packed), index[i, 0]
-        if v.h >= team and not (blocks >= 2 * team and v.h < 16):
-            if v.h * rank // team < v.h * (rank + 1) // team:
-                steps.append((k, 0, pictures, v.h * rank // team, v.h * (rank + 1) // team, 0, blocks, 0))
-        elif blocks >= team:
-            steps.append((k, 0, pictures, 0, v.h, blocks * rank // team, blocks * (rank + 1) // team, 0))
-        elif rank == 0:
-            steps.append((k, 0, pictures, 0, v.h, 0, blocks, 0))
-        if segment is not segments[-1]:
-            steps.append((0, 0, 0, 0, 0, 0, 0, 1))
-    return steps
+        for start in range(0, pictures, segment.pictures):
+            stop = min(pictures, start + segment.pictures)
+            for i in segment.layers if segment.bands == 1 else ():
+                layer = layout.layers[i]
+                height, blocks = (layer.outs or layer.ins)[0].h, _blocks(layer, packed)
+                for rank in range(team):
+                    rows, part = (0, height), (0, blocks)
+                    if height >= team and not (blocks >= 2 * team and height < 16):
+                        rows = height * rank // team, height * (rank + 1) // team
+                    elif blocks >= team:
+                        part = blocks * rank // team, blocks * (rank + 1) // team
+                    elif rank:
+                        continue
+                    if rows[0] < rows[1]:
+                        yield (i, start, stop, *rows, *part, rank)
+            for i, y0, y1 in segment.steps:
+                layer = layout.layers[i]
+                cuts = {y0, y1}
+                for v in _in_place(layer, packed):
+                    assert v.buffer is not None
+                    cuts.update(range(-(-y0 // v.buffer.rows) * v.buffer.rows, y1, v.buffer.rows))
+                edges = sorted(cuts)
+                for a, b in zip(edges, edges[1:]):
+                    yield i, start, stop, a, b, 0, _blocks(layer, packed), 0
+        if team > 1:
+            yield (-1,) * 8
 
 
 def _blocks(layer: Layer, packed: Dict[Layer, Any]) -> int:

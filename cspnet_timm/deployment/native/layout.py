@@ -34,7 +34,7 @@ class Buffer:
     """Memory of one or several maps side by side in channels; ``stride`` bytes from pixel to pixel."""
 
     def __init__(self, c: int, h: int, w: int) -> None:
-        self.c, self.h, self.w = c, h, w
+        self.c, self.h, self.w, self.rows = c, h, w, h
         self.stride = 2 * (c if c < 16 else (c + 31) // 32 * 32)
         self.first, self.last = 1 << 60, -1
         self.address = 0
@@ -42,7 +42,7 @@ class Buffer:
         self.reused = False
 
     def bytes(self, pictures: int) -> int:
-        return pictures * self.h * self.w * self.stride
+        return pictures * self.rows * self.w * self.stride
 
 
 class Layer:
