@@ -98,7 +98,7 @@ def library() -> ctypes.CDLL:
         raise RuntimeError('The native engine is compiled on the machine it runs on, and no C++ compiler was found '
                            '(g++, c++, clang++ or $CXX).')
     source = SOURCE.read_bytes()
-    key = hashlib.sha256(b'\0'.join([source, ' '.join(FLAGS).encode(), _version(tuple(compiler))])).hexdigest()[:24]
+    key = hashlib.sha256(b'\0'.join([source, shlex.join([*compiler, *FLAGS]).encode(), _version(tuple(compiler))])).hexdigest()[:24]
     path = cache_dir() / f'engine-{key}.so'
     if not path.exists():
         try:

@@ -33,7 +33,8 @@ enum Mode { DIRECT, BAND, PATCH };
 struct Layer {
     i64 kind, in_off, in_ps, in_h, in_w, in_c, out_h, out_w, kh, kw, stride, pad_h, pad_w, dil, act, act_param;
     i64 res_mode, nblocks, table, weights, bias, mode, tap_c, ksteps, flavour, in2_off, in2_ps, in2_small;
-    i64 out_off, out_ps, out_c, index, is_f32, flat, block_bytes, koff;
+    i64 out_off, out_ps, out_c, index, is_f32, flat, rows_at_once, koff;
+    i64 plane;  // rows of each plane of a band
     i64 in_mod;  // rows that the input has room for; row y lies at y % in_mod
 };
 // What a block of 32 output channels of a convolution reads and writes.
@@ -91,7 +92,7 @@ template <int ACT> static inline __m512 activate(__m512 x, __m512 slope) {
     switch (ACT) {
         case RELU: return _mm512_max_ps(x, zero);
         case RELU6: return _mm512_min_ps(_mm512_max_ps(x, zero), _mm512_set1_ps(6.f));
-        case LEAKY: return _mm512_mask_mul_ps(x, _mm512_cmp_ps_mask(x, zero, _CMP_LT_OQ), x, slope);
+        case LEAKY: return _mm512_fmadd_ps(_mm512_min_ps(x, zero), slope, _mm512_max_ps(x, zero));
         case SILU: return _mm512_mul_ps(x, sigmoid(x));
         case SIGMOID: return sigmoid(x);
         case HARDSIGMOID: case HARDSWISH: {
@@ -245,23 +246,59 @@ static inline void copy_padded(char* to, const char* from, i64 bytes) {
 }
 static inline void zero_bytes(char* to, i64 bytes) { memset(to, 0, bytes); }
 
-// Rows y0.. of one picture, with zeros around them, channels padded to tap_c; returns the end of what was written.
+// Rows of one picture for the output rows y0 to y1, with zeros around them and channels padded to tap_c. A convolution
+// with a stride finds rows and columns sorted by their remainder, so that neighbours of the output are neighbours here:
+// [row % stride][column % stride][row / stride][column / stride], with room for l.plane rows. Returns the end.
 static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i64 y1) {
-    const i64 px = l.tap_c * 2, width = (l.out_w - 1) * l.stride + (l.kw - 1) * l.dil + 1;
-    const i64 first = y0 * l.stride - l.pad_h, last = (y1 - 1) * l.stride - l.pad_h + (l.kh - 1) * l.dil;
+    const i64 px = l.tap_c * 2, s = l.stride, width = l.out_w + (l.kw - 1) * l.dil / s;
+    const i64 rows = y1 - y0 + (l.kh - 1) * l.dil / s, top = y0 * s - l.pad_h;
     const i64 bytes = l.in_c * 2;
-    for (i64 y = first; y <= last; y++) {
-        if (y < 0 || y >= l.in_h) { zero_bytes(to, width * px); to += width * px; continue; }
-        const i64 left = std::min(l.pad_w, width), right = std::min(width, l.pad_w + l.in_w);
-        if (left) zero_bytes(to, left * px);
-        const char* from = picture + y % l.in_mod * l.in_w * l.in_ps;
-        char* at = to + left * px;
-        if (l.in_ps == px && bytes == px) { copy_bytes(at, from, (right - left) * px); }
-        else for (i64 x = left; x < right; x++, at += px, from += l.in_ps) copy_padded(at, from, bytes);
-        if (right < width) zero_bytes(to + right * px, (width - right) * px);
-        to += width * px;
+    for (i64 py = 0; py < s; py++)
+        for (i64 j = 0; j < rows; j++) {
+            const i64 y = top + j * s + py;
+            for (i64 p = 0; p < s; p++) {
+                char* at = to + (((py * s + p) * l.plane + j) * width) * px;
+                if (y < 0 || y >= l.in_h) { zero_bytes(at, width * px); continue; }
+                // column i of the plane is column i * s + p - pad_w of the map
+                const i64 left = std::min(width, std::max<i64>(0, (l.pad_w - p + s - 1) / s));
+                const i64 right = std::max(left, std::min(width, (l.in_w - 1 + l.pad_w - p + s) / s));
+                if (left) zero_bytes(at, left * px);
+                if (right < width) zero_bytes(at + right * px, (width - right) * px);
+                const char* from = picture + (y % l.in_mod * l.in_w + left * s + p - l.pad_w) * l.in_ps;
+                at += left * px;
+                if (s == 1 && l.in_ps == px && bytes == px) copy_bytes(at, from, (right - left) * px);
+                else for (i64 x = left; x < right; x++, at += px, from += s * l.in_ps) copy_padded(at, from, bytes);
+            }
+        }
+    return to + s * s * l.plane * width * px;
+}
+// Patches of few channels (a network's first layer): each 64 bytes of a patch are put together in a register by loads
+// that fill the lanes of one row of the kernel each.
+static void pack_small_patches(const Layer& l, const char* picture, char* to, i64 y, i64 row_bytes, i64 x0, i64 x1) {
+    const int per = (int)(l.kw * l.in_c), lines = (int)(row_bytes / 64);
+    const char* rows[16]; bool inside[16];
+    for (i64 ky = 0; ky < l.kh; ky++) {
+        const i64 iy = y * l.stride - l.pad_h + ky;
+        inside[ky] = iy >= 0 && iy < l.in_h;
+        rows[ky] = picture + (inside[ky] ? iy % l.in_mod * l.in_w * l.in_ps : 0) - l.pad_w * l.in_ps;
     }
-    return to;
+    for (int line = 0; line < lines; line++) {
+        const char* from[32]; __mmask32 mask[32];
+        int n = 0;
+        for (int ky = line * 32 / per; ky < l.kh && ky * per < line * 32 + 32; ky++) {
+            if (!inside[ky]) continue;
+            const int a = std::max(ky * per - line * 32, 0), b = std::min((ky + 1) * per - line * 32, 32);
+            mask[n] = (b >= 32 ? ~0u : (1u << b) - 1) & ~((1u << a) - 1);
+            from[n++] = rows[ky] + 2 * (line * 32 - ky * per);
+        }
+        const i64 step = l.stride * l.in_ps;
+        char* at = to + x0 * row_bytes + line * 64;
+        for (i64 x = x0; x < x1; x++, at += row_bytes) {
+            __m512i v = _mm512_setzero_si512();
+            for (int i = 0; i < n; i++) v = _mm512_mask_loadu_epi16(v, mask[i], from[i] + x * step);
+            _mm512_store_si512(at, v);
+        }
+    }
 }
 // The patches of positions of row y of one picture, each ksteps * 64 bytes or more (row_bytes).
 static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i64 row_bytes) {
@@ -269,7 +306,14 @@ static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i
     const i64 run = l.kw * tap;
     const __mmask64 run_mask = run >= 64 ? ~0ull : (1ull << run) - 1;
     const bool runs = l.in_ps == tap && l.dil == 1 && bytes == tap;  // neighbours in a row are neighbours in the patch
+    i64 lo = l.out_w, hi = l.out_w;  // columns whose patches lie inside the map
+    if (runs && l.kh <= 16 && l.kw * l.in_c >= 2) {
+        lo = std::min(l.out_w, (l.pad_w + l.stride - 1) / l.stride);
+        hi = l.in_w + l.pad_w < l.kw ? lo : std::max(lo, std::min(l.out_w, (l.in_w + l.pad_w - l.kw) / l.stride + 1));
+        pack_small_patches(l, picture, to, y, row_bytes, lo, hi);
+    }
     for (i64 x = 0; x < l.out_w; x++, to += row_bytes) {
+        if (x == lo && hi > lo) { x += hi - lo - 1; to += (hi - lo - 1) * row_bytes; continue; }
         char* at = to;
         const i64 ix = x * l.stride - l.pad_w;
         for (i64 ky = 0; ky < l.kh; ky++) {
@@ -302,13 +346,11 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
     const Multiply multiply_ = pick(l.act, l.res_mode);
     const i64 rows_total = (s.b1 - s.b0) * (s.y1 - s.y0), height = s.y1 - s.y0;
     const i64 patch_bytes = (l.kh * l.kw * l.tap_c * 2 + 63) / 64 * 64;
-    const i64 width = (l.out_w - 1) * l.stride + (l.kw - 1) * l.dil + 1, px = l.tap_c * 2;
-    i64 per_row = l.mode == DIRECT ? l.out_w * l.in_ps : l.mode == PATCH ? l.out_w * patch_bytes : width * px * l.stride;
-    const i64 rows_at_once = std::max<i64>(1, l.block_bytes / std::max<i64>(1, per_row));
+    const i64 width = l.out_w + (l.kw - 1) * l.dil / l.stride, px = l.tap_c * 2;
     const char* in = arena + l.in_off;
     const i64 picture = l.in_h * l.in_w * l.in_ps;
     for (i64 r = 0; r < rows_total;) {
-        const i64 r_end = std::min(rows_total, r + rows_at_once);
+        const i64 r_end = std::min(rows_total, r + l.rows_at_once);
         size_t nt = 0;
         i64 lda = l.in_ps;
         auto add_tile = [&](const char* a, i64 pos, i64 count) {
@@ -343,7 +385,7 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
                 r += n;
             }
         } else {
-            lda = px * l.stride;
+            lda = px;
             while (r < r_end) {  // one picture at a time
                 const i64 b = s.b0 + r / height, y = s.y0 + r % height, n = std::min(r_end - r, height - r % height);
                 char* band = to;
@@ -363,7 +405,7 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
                 } else {
                     for (i64 i = 0; i < n; i++)
                         for (i64 x = 0; x < l.out_w; x += 16)
-                            add_tile(band + (i * width + x) * l.stride * px, pos + i * l.out_w + x, l.out_w - x);
+                            add_tile(band + (i * width + x) * px, pos + i * l.out_w + x, l.out_w - x);
                 }
                 r += n;
             }

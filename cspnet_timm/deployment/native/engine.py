@@ -17,10 +17,11 @@ KINDS = {'conv': 0, 'depthwise': 1, 'pool': 2, 'mean': 3, 'act': 4, 'add': 4, 'm
 FIELDS = (
     'kind', 'in_off', 'in_ps', 'in_h', 'in_w', 'in_c', 'out_h', 'out_w', 'kh', 'kw', 'stride', 'pad_h', 'pad_w', 'dil',
     'act', 'act_param', 'res_mode', 'nblocks', 'table', 'weights', 'bias', 'mode', 'tap_c', 'ksteps', 'flavour',
-    'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'block_bytes', 'koff',
-    'in_mod')
+    'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'rows_at_once', 'koff',
+    'plane', 'in_mod')
 CHUNK = 4  # pictures that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
+LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 1200 << 10  # the same, for weights above this size
 SEGMENT_WEIGHTS = 600 << 10  # of layers that are worked through together
 BAND_BYTES = 800 << 10  # of all maps of such layers, for the rows that are worked on
 MAX_SIZES = 4  # sizes of pictures whose memory is kept
@@ -194,7 +195,7 @@ class _Program:
         self.arena_bytes = _allocate(layout, pictures, segments)
         self.keep: List[Any] = []
         records: List[int] = []
-        scratch, tiles = 0, 0
+        self.scratch, self.tiles = 0, 0
         self.steps: List[List[Tuple[int, ...]]] = [[] for _ in range(team)]
         self.layer_of: List[int] = []  # of each record
         known: Dict[Tuple[int, ...], int] = {}
@@ -210,12 +211,9 @@ class _Program:
                 self.layer_of.append(i)
                 record = self._record(layer, size.packed.get(layer), start, y0)
                 records += [int(record.get(name, 0)) for name in FIELDS]
-                if layer.op == 'conv' and not layer.depthwise:
-                    s, t = _scratch(record, pictures)
-                    scratch, tiles = max(scratch, s), max(tiles, t)
             self.steps[rank].append((known[i, start, *turns], start, stop, y0, y1, n0, n1, 0))
         array = (ctypes.c_int64 * len(records))(*records)
-        self.handle = self.lib.csp_program(array, len(self.layer_of), scratch, tiles)
+        self.handle = self.lib.csp_program(array, len(self.layer_of), self.scratch, self.tiles)
         for steps in self.steps:
             flat = [v for step in steps for v in step]
             self.lib.csp_steps(self.handle, (ctypes.c_int64 * len(flat))(*flat), len(steps))
@@ -255,15 +253,35 @@ class _Program:
                 table += [_at(v, start, row) + first * (4 if layer.is_f32 else 2), v.buffer.stride, 32 if whole else count,
                           _at(res, start, row) + first * 2 if res is not None else 0, res.buffer.stride if res is not None else 0,
                           a_off]
-            tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(packed['koff']))(*packed['koff'])
+            mode, tap_c = packed['mode'], packed['tap_c']
+            width, s, d = layer.outs[0].w, layer['stride'], layer['dilation']
+            span = width + (r['kw'] - 1) * d // s
+            px = tap_c * 2
+            patch = (r['kh'] * r['kw'] * px + 63) // 64 * 64
+            per_row = {DIRECT: width * r['in_ps'], PATCH: width * patch, BAND: span * px * s * s}[mode]
+            everything = self.pictures * r['out_h']
+            # Weights that the second-level cache cannot hold are fetched for as many positions as it can hold.
+            large = _weight_bytes_of(packed) > LARGE_WEIGHTS
+            rows = min(max(1, (LARGE_BLOCK_BYTES if large else BLOCK_BYTES) // per_row), everything)
+            rows = -(-everything // -(-everything // rows))
+            plane = min(rows, r['out_h']) + (r['kh'] - 1) * d // s
+            koff = packed['koff']
+            if mode == BAND:
+                koff = [(((ky * d % s * s + kx * d % s) * plane + ky * d // s) * span + kx * d // s) * px + cb * 64
+                        for cb in range(packed['channel_blocks']) for ky in range(r['kh']) for kx in range(r['kw'])]
+            tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(koff))(*koff)
             self.keep += tables
-            width = layer.outs[0].w
-            span = width + (r['kw'] - 1) * r['dil']
             # Rows whose ends leave tiles half empty are taken as one, with the zeros between them.
-            flat = packed['mode'] == BAND and r['stride'] == 1 and span < (width + 15) // 16 * 16
+            flat = mode == BAND and span < (width + 15) // 16 * 16
             r.update(nblocks=len(packed['blocks']), table=ctypes.addressof(tables[0]), koff=ctypes.addressof(tables[1]),
-                     mode=packed['mode'], tap_c=packed['tap_c'], ksteps=packed['ksteps'], flat=flat,
-                     block_bytes=BLOCK_BYTES)
+                     mode=mode, tap_c=tap_c, ksteps=packed['ksteps'], flat=flat, rows_at_once=rows, plane=plane)
+            self.tiles = max(self.tiles, rows * ((span + 15) // 16 + 1) + 2 * self.pictures + 2)
+            slack = 32 * max(px, patch) + 4096
+            if mode == PATCH:
+                self.scratch = max(self.scratch, rows * width * patch + slack)
+            elif mode == BAND:
+                bands = min(rows, self.pictures)  # of different pictures
+                self.scratch = max(self.scratch, bands * s * s * plane * span * px + slack)
         elif layer.op == 'pool':
             r['flavour'] = ('max', 'mean', 'mean_padded').index(layer['kind'])
         elif layer.op in ('add', 'mul', 'act'):
@@ -324,7 +342,11 @@ class _Segment:
 
 def _weight_bytes(layer: Layer, packed: Dict[Layer, Any]) -> int:
     p = packed.get(layer)
-    return 0 if p is None or layer.depthwise else len(p['blocks']) * p['ksteps'] * 2048
+    return 0 if p is None or layer.depthwise else _weight_bytes_of(p)
+
+
+def _weight_bytes_of(packed: Dict[str, Any]) -> int:
+    return len(packed['blocks']) * packed['ksteps'] * 2048
 
 
 def _segments(layout: Layout, pictures: int, team: int, packed: Dict[Layer, Any]) -> List[_Segment]:
@@ -390,22 +412,6 @@ def _allocate(layout: Layout, pictures: int, segments: List[_Segment]) -> int:
         total = max(total, at + size)
     # A tile reads 16 pixels whether they are there or not.
     return total + 32 * max(b.stride for b in layout.buffers) + 4096
-
-
-def _scratch(r: Dict[str, int], pictures: int) -> Tuple[int, int]:
-    """Bytes of scratch memory and tiles that a convolution needs at most."""
-    width = (r['out_w'] - 1) * r['stride'] + (r['kw'] - 1) * r['dil'] + 1
-    px = r['tap_c'] * 2
-    patch = (r['kh'] * r['kw'] * px + 63) // 64 * 64
-    per_row = {DIRECT: r['out_w'] * r['in_ps'], PATCH: r['out_w'] * patch, BAND: width * px * r['stride']}[r['mode']]
-    rows = min(max(1, r['block_bytes'] // per_row), pictures * r['out_h'])
-    tiles = rows * ((width + 15) // 16 + 1) + 2 * pictures + 2
-    if r['mode'] == DIRECT:
-        return 0, tiles
-    if r['mode'] == PATCH:
-        return rows * per_row + 32 * patch + 4096, tiles
-    return ((rows * r['stride'] + min(rows, pictures) * (r['kh'] * r['dil'])) * width * px
-            + 32 * px * r['stride'] + r['kh'] * r['dil'] * width * px + 4096, tiles)
 
 
 def _rows_read(layer: Layer, rows: int) -> int:

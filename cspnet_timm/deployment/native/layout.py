@@ -329,7 +329,6 @@ def pack_weights(layer: Layer) -> Dict[str, Any]:
     x = layer.ins[0]
     kh, kw = layer['kernel']
     groups, stride = layer['groups'], layer['stride']
-    out_w = layer.outs[0].w
     point = kh == kw == 1
     # What lies behind a number of channels that is no multiple of 32 is multiplied by zero, and must be a number.
     clean = x.c % 32 == 0 or (x.buffer is not None and x.buffer.c == x.c and x.layer is not None
@@ -338,7 +337,7 @@ def pack_weights(layer: Layer) -> Dict[str, Any]:
         mode = DIRECT
     elif groups == 1 and x.c % 32 and (x.c <= 48 or point):
         mode = PATCH
-    elif stride == 1 or out_w % 16 == 0 and not point:
+    elif not point:
         mode = BAND
     else:
         mode = PATCH
@@ -366,15 +365,12 @@ def pack_weights(layer: Layer) -> Dict[str, Any]:
                 panels.append(flat.reshape(2, 16, ksteps, 16, 2).permute(2, 0, 3, 1, 4).contiguous())
                 biases.append(torch.nn.functional.pad(bias[first:first + count], (0, 32 - count)))
                 blocks.append((index, first, count, g * per_group * 2))
-    px = tap_c * 2
+    koff: List[int] = []  # of a band it depends on the number of rows
     if tight or mode == DIRECT:
         koff = [k * 64 for k in range(ksteps)]
-    else:
-        row = (kw * px) if mode == PATCH else ((out_w - 1) * stride + (kw - 1) * layer['dilation'] + 1) * px
-        step = 1 if mode == PATCH else layer['dilation']
-        koff = [ky * step * row + kx * step * px + cb * 64
-                for cb in range((per_group + 31) // 32) for ky in range(kh) for kx in range(kw)]
-    return dict(mode=mode, tap_c=tap_c, ksteps=ksteps, koff=koff, blocks=blocks,
+    elif mode == PATCH:
+        koff = [tap * tap_c * 2 + cb * 64 for cb in range((per_group + 31) // 32) for tap in range(kh * kw)]
+    return dict(mode=mode, tap_c=tap_c, ksteps=ksteps, koff=koff, channel_blocks=(per_group + 31) // 32, blocks=blocks,
                 weights=torch.stack(panels).to(torch.bfloat16).contiguous(), bias=torch.cat(biases).contiguous())
 
 
