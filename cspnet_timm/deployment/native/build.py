@@ -75,7 +75,7 @@ def _load(path: str) -> ctypes.CDLL:
             ('csp_free', None, [pointer]), ('csp_team', pointer, [whole]), ('csp_team_free', None, [pointer]),
             ('csp_team_pid', whole, [pointer]), ('csp_program', pointer, [pointer, i64, i64, i64]),
             ('csp_steps', None, [pointer, pointer, i64]), ('csp_program_free', None, [pointer]),
-            ('csp_run', None, [pointer, pointer, i64, whole]),
+            ('csp_run', None, [pointer, pointer, i64]),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments

@@ -34,7 +34,7 @@ struct Layer {
     i64 kind, in_off, in_ps, in_h, in_w, in_c, out_h, out_w, kh, kw, stride, pad_h, pad_w, dil, act, act_param;
     i64 res_mode, nblocks, table, weights, bias, mode, tap_c, ksteps, flavour, in2_off, in2_ps, in2_small;
     i64 out_off, out_ps, out_c, index, is_f32, flat, rows_at_once, koff;
-    i64 plane;  // rows of each plane of a band
+    i64 planes, plane, width;  // of a band: planes each way, their rows and their columns
     i64 in_mod;  // rows that the input has room for; row y lies at y % in_mod
 };
 // What a block of 32 output channels of a convolution reads and writes.
@@ -144,25 +144,30 @@ struct Pending { const float* acc; const int32_t* pos; const Block* block; };
 template <int ACT, int RES>
 static inline void finish_rows(char* arena, const Pending& e, int r0, int r1, __m512 slope, bool is_f32) {
     const Block& k = *e.block;
+    const i64 out_ps = k.out_ps, res_ps = k.res_ps;
+    char* const out_base = arena + k.out_off;
+    const char* const res_base = arena + k.res_off;
     const __mmask32 mask = k.nstore >= 32 ? ~0u : (1u << k.nstore) - 1;
-    for (int r = r0; r < r1; r++) {
-        const i64 pos = e.pos[r];
-        if (pos < 0) continue;
-        __m512 a = _mm512_load_ps(e.acc + r * 32), b = _mm512_load_ps(e.acc + r * 32 + 16);
+    const float* acc = e.acc + r0 * 32;
+    const int32_t* at = e.pos + r0;
+    const int32_t* const stop = e.pos + r1;
+    for (; at < stop; at++, acc += 32) {
+        const i64 pos = *at;
+        if (__builtin_expect(pos < 0, 0)) continue;
+        __m512 a = _mm512_load_ps(acc), b = _mm512_load_ps(acc + 16);
         __m512 ra, rb;
         if (RES) {
-            const __m512i res = _mm512_maskz_loadu_epi16(mask, arena + k.res_off + pos * k.res_ps);
+            const __m512i res = _mm512_maskz_loadu_epi16(mask, res_base + pos * res_ps);
             ra = lo_half(res); rb = hi_half(res);
         }
         if (RES == 1) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
         a = activate<ACT>(a, slope); b = activate<ACT>(b, slope);
         if (RES == 2) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
-        char* out = arena + k.out_off + pos * k.out_ps;
+        char* out = out_base + pos * out_ps;
         if (__builtin_expect(is_f32, 0)) {
             _mm512_mask_storeu_ps(out, (__mmask16)mask, a);
             _mm512_mask_storeu_ps(out + 64, (__mmask16)(mask >> 16), b);
-        } else if (k.nstore >= 32) _mm512_storeu_si512(out, narrow2(a, b));
-        else _mm512_mask_storeu_epi16(out, mask, narrow2(a, b));
+        } else _mm512_mask_storeu_epi16(out, mask, narrow2(a, b));
     }
 }
 
@@ -246,12 +251,13 @@ static inline void copy_padded(char* to, const char* from, i64 bytes) {
 }
 static inline void zero_bytes(char* to, i64 bytes) { memset(to, 0, bytes); }
 
-// Rows of one picture for the output rows y0 to y1, with zeros around them and channels padded to tap_c. A convolution
-// with a stride finds rows and columns sorted by their remainder, so that neighbours of the output are neighbours here:
-// [row % stride][column % stride][row / stride][column / stride], with room for l.plane rows. Returns the end.
+// Rows of one picture for the output rows y0 to y1, with zeros around them and channels padded to tap_c. Where tiles go
+// on from row to row, a convolution with a stride finds rows and columns sorted by their remainder, so that neighbours of
+// the output are neighbours here: [row % planes][column % planes][row / planes][column / planes], with planes = stride
+// and room for l.plane rows. Returns the end.
 static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i64 y1) {
-    const i64 px = l.tap_c * 2, s = l.stride, width = l.out_w + (l.kw - 1) * l.dil / s;
-    const i64 rows = y1 - y0 + (l.kh - 1) * l.dil / s, top = y0 * s - l.pad_h;
+    const i64 px = l.tap_c * 2, s = l.planes, width = l.width;
+    const i64 rows = (y1 - y0 - 1) * (l.stride / s) + (l.kh - 1) * l.dil / s + 1, top = y0 * l.stride - l.pad_h;
     const i64 bytes = l.in_c * 2;
     for (i64 py = 0; py < s; py++)
         for (i64 j = 0; j < rows; j++) {
@@ -267,6 +273,9 @@ static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i6
                 const char* from = picture + (y % l.in_mod * l.in_w + left * s + p - l.pad_w) * l.in_ps;
                 at += left * px;
                 if (s == 1 && l.in_ps == px && bytes == px) copy_bytes(at, from, (right - left) * px);
+                else if (bytes == 64 && px == 64)
+                    for (i64 x = left; x < right; x++, at += 64, from += s * l.in_ps)
+                        _mm512_store_si512(at, _mm512_loadu_si512(from));
                 else for (i64 x = left; x < right; x++, at += px, from += s * l.in_ps) copy_padded(at, from, bytes);
             }
         }
@@ -346,7 +355,7 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
     const Multiply multiply_ = pick(l.act, l.res_mode);
     const i64 rows_total = (s.b1 - s.b0) * (s.y1 - s.y0), height = s.y1 - s.y0;
     const i64 patch_bytes = (l.kh * l.kw * l.tap_c * 2 + 63) / 64 * 64;
-    const i64 width = l.out_w + (l.kw - 1) * l.dil / l.stride, px = l.tap_c * 2;
+    const i64 width = l.width, px = l.tap_c * 2, step = l.mode == BAND ? l.stride / l.planes : 1;
     const char* in = arena + l.in_off;
     const i64 picture = l.in_h * l.in_w * l.in_ps;
     for (i64 r = 0; r < rows_total;) {
@@ -385,7 +394,7 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
                 r += n;
             }
         } else {
-            lda = px;
+            lda = px * step;
             while (r < r_end) {  // one picture at a time
                 const i64 b = s.b0 + r / height, y = s.y0 + r % height, n = std::min(r_end - r, height - r % height);
                 char* band = to;
@@ -405,7 +414,7 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
                 } else {
                     for (i64 i = 0; i < n; i++)
                         for (i64 x = 0; x < l.out_w; x += 16)
-                            add_tile(band + (i * width + x) * px, pos + i * l.out_w + x, l.out_w - x);
+                            add_tile(band + (i * width + x) * step * px, pos + i * l.out_w + x, l.out_w - x);
                 }
                 r += n;
             }
@@ -576,8 +585,25 @@ static void run_input(const Layer& l, const Step& s, char* arena, const Job& job
             const float* in = (const float*)job.input + b * job.stride_n + y * job.stride_h;
             bf16* out = (bf16*)(arena + l.out_off + (b * l.out_h + y) * l.out_w * l.out_ps);
             const i64 ps = l.out_ps / 2;
+            i64 done = 0;
+            if (l.out_c == 3 && ps == 3 && job.stride_w == 1) {
+                alignas(64) static const struct Order {  // lanes 0-15 first channel, 16-31 second, 32-47 third
+                    uint16_t a[32], b[32];
+                    constexpr Order() : a(), b() {
+                        for (int i = 0; i < 48; i++) (i < 32 ? a[i] : b[i - 32]) = (uint16_t)(i % 3 * 16 + i / 3);
+                    }
+                } order;
+                const __m512i first = _mm512_load_si512(order.a), second = _mm512_load_si512(order.b);
+                for (; done + 16 <= l.out_w; done += 16) {
+                    const __m512 r = _mm512_loadu_ps(in + done), g = _mm512_loadu_ps(in + job.stride_c + done);
+                    const __m512i rg = narrow2(r, g);
+                    const __m512i bb = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(in + 2 * job.stride_c + done)));
+                    _mm512_storeu_si512(out + done * 3, _mm512_permutex2var_epi16(rg, first, bb));
+                    _mm256_storeu_si256((__m256i*)(out + done * 3 + 32), _mm512_castsi512_si256(_mm512_permutex2var_epi16(rg, second, bb)));
+                }
+            }
             for (i64 c = 0; c < l.out_c; c++) {
-                i64 x = 0;
+                i64 x = done;
                 if (job.stride_w == 1)
                     for (; x + 16 <= l.out_w; x += 16) {
                         alignas(32) bf16 t[16];
@@ -617,7 +643,7 @@ struct Team {
     std::atomic<bool> stop{false};
     std::mutex mutex;
     std::condition_variable wake;
-    const Job* jobs = nullptr; int njobs = 0; bool together = false;
+    const Job* jobs = nullptr; int njobs = 0;
 
     explicit Team(int n) : size(n), pid(getpid()) {
         for (int i = 0; i < n; i++) workers.push_back(new Worker());
@@ -673,8 +699,7 @@ struct Team {
         config.palette = 1;
         for (int i = 0; i < 8; i++) { config.colsb[i] = 64; config.rows[i] = 16; }
         _tile_loadconfig(&config);
-        if (together) for (int j = 0; j < njobs; j++) { execute(*(const Program*)jobs[j].program, jobs[j], rank, *workers[rank]); barrier(); }
-        else for (int j = rank; j < njobs; j += size) execute(*(const Program*)jobs[j].program, jobs[j], 0, *workers[rank]);
+        for (int j = 0; j < njobs; j++) { execute(*(const Program*)jobs[j].program, jobs[j], rank, *workers[rank]); barrier(); }
         _tile_release();
     }
     void loop(int rank) {
@@ -691,8 +716,8 @@ struct Team {
             finished.fetch_add(1, std::memory_order_release);
         }
     }
-    void run(const Job* j, int n, bool all) {
-        jobs = j; njobs = n; together = all;
+    void run(const Job* j, int n) {
+        jobs = j; njobs = n;
         finished = 0;
         if (size > 1) {
             { std::lock_guard<std::mutex> hold(mutex); generation.fetch_add(1, std::memory_order_release); }
@@ -744,5 +769,5 @@ void csp_steps(void* program, const i64* steps, i64 n) {
 i64* csp_ticks(void* program, int rank) { return ((Program*)program)->ticks[rank].data(); }
 #endif
 void csp_program_free(void* p) { delete (Program*)p; }
-void csp_run(void* team, const i64* jobs, i64 n, int together) { ((Team*)team)->run((const Job*)jobs, (int)n, together); }
+void csp_run(void* team, const i64* jobs, i64 n) { ((Team*)team)->run((const Job*)jobs, (int)n); }
 }

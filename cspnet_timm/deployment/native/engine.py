@@ -18,11 +18,12 @@ FIELDS = (
     'kind', 'in_off', 'in_ps', 'in_h', 'in_w', 'in_c', 'out_h', 'out_w', 'kh', 'kw', 'stride', 'pad_h', 'pad_w', 'dil',
     'act', 'act_param', 'res_mode', 'nblocks', 'table', 'weights', 'bias', 'mode', 'tap_c', 'ksteps', 'flavour',
     'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'rows_at_once', 'koff',
-    'plane', 'in_mod')
+    'planes', 'plane', 'width', 'in_mod')
 CHUNK = 4  # pictures that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
 LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 1200 << 10  # the same, for weights above this size
 SEGMENT_WEIGHTS = 600 << 10  # of layers that are worked through together
+TOGETHER_WEIGHTS = 1500 << 10  # of a layer above which the threads share it, each with some of the output channels
 BAND_BYTES = 800 << 10  # of all maps of such layers, for the rows that are worked on
 MAX_SIZES = 4  # sizes of pictures whose memory is kept
 
@@ -117,8 +118,7 @@ class _Size:
     def __init__(self, engine: NativeEngine, height: int, width: int) -> None:
         self.engine = engine
         self.layout = arrange(engine.plan, height, width)
-        self.programs: Dict[Tuple[int, int], _Program] = {}
-        self.arenas: Dict[Tuple[int, int], _Memory] = {}
+        self.programs: Dict[int, _Program] = {}
         self.outputs = [(layer.ins[0].c, layer.ins[0].h, layer.ins[0].w, layer['vector'])
                         for layer in self.layout.layers if layer.op == 'output']
         self.packed = {}
@@ -126,42 +126,23 @@ class _Size:
             if layer.op == 'conv':
                 self.packed[layer] = _pack(layer)
 
-    def program(self, pictures: int, team: int) -> '_Program':
-        if (pictures, team) not in self.programs:
-            self.programs[pictures, team] = _Program(self, pictures, team)
-        return self.programs[pictures, team]
-
-    def arena(self, program: '_Program', index: int) -> int:
-        memory = self.arenas.get((id(program), index))
-        if memory is None:
-            memory = self.arenas[id(program), index] = _Memory(program.arena_bytes)
-        return memory.address  # type: ignore[no-any-return]
+    def program(self, pictures: int) -> '_Program':
+        if pictures not in self.programs:
+            self.programs[pictures] = _Program(self, pictures, self.engine.threads)
+        return self.programs[pictures]
 
     def run(self, x: torch.Tensor) -> List[torch.Tensor]:
         batch, threads = len(x), self.engine.threads
         results = [torch.empty(batch, h, w, c) for c, h, w, _ in self.outputs]
-        # Whole pictures to each thread as far as they go round, in chunks; the rest by all threads together.
-        share = batch // threads if threads > 1 else 0
-        apart: List[Tuple[int, int, int]] = []  # first picture, pictures, thread
-        done = 0
-        while share:
-            take = min(share, CHUNK)
-            apart += [(done + t * take, take, t) for t in range(threads)]
-            done += take * threads
-            share -= take
-        together = [(start, min(CHUNK, batch - start), 0) for start in range(done, batch, CHUNK)]
-        for chunks, team in ((apart, 1), (together, threads)):
-            if not chunks:
-                continue
-            jobs, keep = [], []
-            for start, count, thread in chunks:
-                program = self.program(count, team)
-                pointers = (ctypes.c_int64 * len(results))(*(r[start:].data_ptr() for r in results))
-                keep.append(pointers)
-                jobs += [program.handle, self.arena(program, thread), x[start:].data_ptr(), *x.stride(),
-                         ctypes.addressof(pointers)]
-            array = (ctypes.c_int64 * len(jobs))(*jobs)
-            self.engine._lib.csp_run(self.engine._threads(), array, len(chunks), team > 1)
+        jobs, keep = [], []
+        for start in range(0, batch, threads * CHUNK):
+            program = self.program(min(batch - start, threads * CHUNK))
+            pointers = (ctypes.c_int64 * len(results))(*(r[start:].data_ptr() for r in results))
+            keep.append(pointers)
+            jobs += [program.handle, program.arena.address, x[start:].data_ptr(), *x.stride(),
+                     ctypes.addressof(pointers)]
+        array = (ctypes.c_int64 * len(jobs))(*jobs)
+        self.engine._lib.csp_run(self.engine._threads(), array, len(keep))
         return [r.flatten(1) if vector else r.permute(0, 3, 1, 2) for r, (*_, vector) in zip(results, self.outputs)]
 
 
@@ -192,46 +173,49 @@ class _Program:
         layout = size.layout
         self.pictures, self.team = pictures, team
         segments = _segments(layout, pictures, team, size.packed)
-        self.arena_bytes = _allocate(layout, pictures, segments)
+        self.arena_bytes = _allocate(layout, pictures, segments, team)
         self.keep: List[Any] = []
         records: List[int] = []
         self.scratch, self.tiles = 0, 0
         self.steps: List[List[Tuple[int, ...]]] = [[] for _ in range(team)]
         self.layer_of: List[int] = []  # of each record
         known: Dict[Tuple[int, ...], int] = {}
-        for i, start, stop, y0, y1, n0, n1, rank in _schedule(layout, segments, pictures, team, size.packed):
+        for i, start, stop, y0, y1, n0, n1, rank, apart in _schedule(layout, segments, pictures, team, size.packed):
             if i < 0:
                 for steps in self.steps:
                     steps.append((0, 0, 0, 0, 0, 0, 0, 1))
                 continue
             layer = layout.layers[i]
             turns = tuple(y0 // v.buffer.rows for v in _in_place(layer, size.packed))  # of buffers that roll
-            if (i, start, *turns) not in known:
-                known[i, start, *turns] = len(self.layer_of)
+            key = (i, start, rank if apart else -1, *turns)
+            if key not in known:
+                known[key] = len(self.layer_of)
                 self.layer_of.append(i)
-                record = self._record(layer, size.packed.get(layer), start, y0)
+                record = self._record(layer, size.packed.get(layer), start, y0, rank if apart else 0)
                 records += [int(record.get(name, 0)) for name in FIELDS]
-            self.steps[rank].append((known[i, start, *turns], start, stop, y0, y1, n0, n1, 0))
+            self.steps[rank].append((known[key], start, stop, y0, y1, n0, n1, 0))
         array = (ctypes.c_int64 * len(records))(*records)
         self.handle = self.lib.csp_program(array, len(self.layer_of), self.scratch, self.tiles)
         for steps in self.steps:
             flat = [v for step in steps for v in step]
             self.lib.csp_steps(self.handle, (ctypes.c_int64 * len(flat))(*flat), len(steps))
+        self.arena = _Memory(self.arena_bytes)
 
     def __del__(self) -> None:
         if getattr(self, 'handle', None):
             self.lib.csp_program_free(self.handle)
 
-    def _record(self, layer: Layer, packed: Optional[Dict[str, Any]], start: int, row: int) -> Dict[str, int]:
+    def _record(self, layer: Layer, packed: Optional[Dict[str, Any]], start: int, row: int, rank: int) -> Dict[str, int]:
         r: Dict[str, int] = {'kind': KINDS[layer.op], 'stride': 1, 'dil': 1, 'kh': 1, 'kw': 1, 'is_f32': layer.is_f32}
+        own = self.pictures * rank // self.team  # the first picture of this thread
         if layer.ins:
             x = layer.ins[0]
             direct = _reads_in_place(layer, packed)
-            r.update(in_off=_at(x, start, row if direct else 0), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w, in_c=x.c,
+            r.update(in_off=_at(x, start, row if direct else 0, rank, own), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w, in_c=x.c,
                      in_mod=x.buffer.rows)
         if layer.outs:
             y = layer.outs[0]
-            r.update(out_off=_at(y, start, row), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c)
+            r.update(out_off=_at(y, start, row, rank, own), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c)
         r['act'], r['act_param'] = act_fields(layer)
         if layer.op in ('conv', 'pool'):
             r.update(kh=layer['kernel'][0], kw=layer['kernel'][1], stride=layer['stride'], pad_h=layer['pad'][0],
@@ -242,7 +226,7 @@ class _Program:
             if layer.depthwise:
                 r.update(kind=KINDS['depthwise'], nblocks=(layer.ins[0].c + 31) // 32)
                 if layer.res is not None:
-                    r.update(in2_off=_at(layer.res, start, row), in2_ps=layer.res.buffer.stride)
+                    r.update(in2_off=_at(layer.res, start, row, rank, own), in2_ps=layer.res.buffer.stride)
                 return r
             table: List[int] = []
             for index, first, count, a_off in packed['blocks']:
@@ -250,38 +234,43 @@ class _Program:
                 # The last block of a buffer also fills the room behind it.
                 whole = v.offset + v.c == v.buffer.c and first + count == v.c and (
                     layer.is_f32 or (v.offset + first + 32) * 2 <= v.buffer.stride)
-                table += [_at(v, start, row) + first * (4 if layer.is_f32 else 2), v.buffer.stride, 32 if whole else count,
-                          _at(res, start, row) + first * 2 if res is not None else 0, res.buffer.stride if res is not None else 0,
+                table += [_at(v, start, row, rank, own) + first * (4 if layer.is_f32 else 2), v.buffer.stride, 32 if whole else count,
+                          _at(res, start, row, rank, own) + first * 2 if res is not None else 0, res.buffer.stride if res is not None else 0,
                           a_off]
             mode, tap_c = packed['mode'], packed['tap_c']
             width, s, d = layer.outs[0].w, layer['stride'], layer['dilation']
             span = width + (r['kw'] - 1) * d // s
+            # Rows whose ends leave tiles half empty are taken as one, with the zeros between them.
+            flat = mode == BAND and span < (width + 15) // 16 * 16
+            planes = s if flat else 1
+            if not flat:
+                span = (width - 1) * s + (r['kw'] - 1) * d + 1
             px = tap_c * 2
             patch = (r['kh'] * r['kw'] * px + 63) // 64 * 64
-            per_row = {DIRECT: width * r['in_ps'], PATCH: width * patch, BAND: span * px * s * s}[mode]
+            per_row = {DIRECT: width * r['in_ps'], PATCH: width * patch, BAND: span * px * s * planes}[mode]
             everything = self.pictures * r['out_h']
             # Weights that the second-level cache cannot hold are fetched for as many positions as it can hold.
             large = _weight_bytes_of(packed) > LARGE_WEIGHTS
             rows = min(max(1, (LARGE_BLOCK_BYTES if large else BLOCK_BYTES) // per_row), everything)
             rows = -(-everything // -(-everything // rows))
-            plane = min(rows, r['out_h']) + (r['kh'] - 1) * d // s
+            plane = (min(rows, r['out_h']) - 1) * (s // planes) + (r['kh'] - 1) * d // planes + 1
             koff = packed['koff']
             if mode == BAND:
-                koff = [(((ky * d % s * s + kx * d % s) * plane + ky * d // s) * span + kx * d // s) * px + cb * 64
+                koff = [(((ky * d % planes * planes + kx * d % planes) * plane + ky * d // planes) * span
+                         + kx * d // planes) * px + cb * 64
                         for cb in range(packed['channel_blocks']) for ky in range(r['kh']) for kx in range(r['kw'])]
             tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(koff))(*koff)
             self.keep += tables
-            # Rows whose ends leave tiles half empty are taken as one, with the zeros between them.
-            flat = mode == BAND and span < (width + 15) // 16 * 16
             r.update(nblocks=len(packed['blocks']), table=ctypes.addressof(tables[0]), koff=ctypes.addressof(tables[1]),
-                     mode=mode, tap_c=tap_c, ksteps=packed['ksteps'], flat=flat, rows_at_once=rows, plane=plane)
+                     mode=mode, tap_c=tap_c, ksteps=packed['ksteps'], flat=flat, rows_at_once=rows,
+                     planes=planes, plane=plane, width=span)
             self.tiles = max(self.tiles, rows * ((span + 15) // 16 + 1) + 2 * self.pictures + 2)
-            slack = 32 * max(px, patch) + 4096
+            slack = 32 * max(px * s, patch) + 4096
             if mode == PATCH:
                 self.scratch = max(self.scratch, rows * width * patch + slack)
             elif mode == BAND:
                 bands = min(rows, self.pictures)  # of different pictures
-                self.scratch = max(self.scratch, bands * s * s * plane * span * px + slack)
+                self.scratch = max(self.scratch, bands * planes * planes * plane * span * px + slack)
         elif layer.op == 'pool':
             r['flavour'] = ('max', 'mean', 'mean_padded').index(layer['kind'])
         elif layer.op in ('add', 'mul', 'act'):
@@ -290,7 +279,7 @@ class _Program:
                 r['act'], r['act_param'] = act_fields_of(layer)
             else:
                 y = layer.ins[1]
-                r.update(in2_off=_at(y, start, row), in2_ps=y.buffer.stride, in2_small=(y.h, y.w) != (layer.ins[0].h, layer.ins[0].w))
+                r.update(in2_off=_at(y, start, row, rank, own), in2_ps=y.buffer.stride, in2_small=(y.h, y.w) != (layer.ins[0].h, layer.ins[0].w))
         elif layer.op == 'upsample':
             r['stride'] = layer['scale']
         elif layer.op == 'output':
@@ -305,16 +294,18 @@ def act_fields_of(layer: Layer) -> Tuple[int, int]:
     return act_fields(layer)
 
 
-def _at(value: Value, start: int, row: int) -> int:
+def _at(value: Value, start: int, row: int, rank: int, first: int) -> int:
     """Where a map would begin such that a row of picture ``start`` lies where it does.
 
-    A buffer may have room for a few pictures only, of which ``start`` is the first, or for a few rows only, in turns.
+    A buffer that each thread has for itself may have room for a few pictures only, of which ``start`` is the first, or
+    for a few rows only, in turns; else for those of the thread, of which ``first`` is the first.
     """
     buffer = value.buffer
     assert buffer is not None
-    turn = row // buffer.rows * buffer.rows * buffer.w * buffer.stride
-    picture = start * buffer.h * buffer.w * buffer.stride if buffer.reused else 0
-    return buffer.address + value.offset * 2 - picture - turn
+    at = buffer.address + value.offset * 2 - row // buffer.rows * buffer.rows * buffer.w * buffer.stride
+    if buffer.own:
+        at += rank * buffer.own - (start if buffer.local else first) * buffer.h * buffer.w * buffer.stride
+    return at
 
 
 def _reads_in_place(layer: Layer, packed: Optional[Dict[str, Any]]) -> bool:
@@ -333,10 +324,13 @@ def _in_place(layer: Layer, packed: Dict[Layer, Any]) -> List[Value]:
 
 
 class _Segment:
-    """Layers that are worked through together for some of the pictures, by bands of rows if ``bands`` is over 1."""
+    """Layers that are worked through together for some of the pictures, by bands of rows if ``bands`` is over 1.
 
-    def __init__(self, layers: List[int], pictures: int, bands: int) -> None:
-        self.layers, self.pictures, self.bands = layers, pictures, bands
+    Where ``apart``, every thread has pictures of its own; else the threads share each layer.
+    """
+
+    def __init__(self, layers: List[int], pictures: int, bands: int, apart: bool) -> None:
+        self.layers, self.pictures, self.bands, self.apart = layers, pictures, bands, apart
         self.steps: List[Tuple[int, int, int]] = []  # layer and rows, where there are bands
 
 
@@ -352,8 +346,9 @@ def _weight_bytes_of(packed: Dict[str, Any]) -> int:
 def _segments(layout: Layout, pictures: int, team: int, packed: Dict[Layer, Any]) -> List[_Segment]:
     """Cut the network into runs of layers whose weights and bands of maps stay in the second-level cache."""
     n = len(layout.layers)
-    if team > 1:
-        return [_Segment([i], pictures, 1) for i in range(n)]
+    if pictures < team:
+        return [_Segment([i], pictures, 1, team == 1) for i in range(n)]
+    share = -(-pictures // team)
     runs: List[List[int]] = []
     weights = 0
     for i, layer in enumerate(layout.layers):
@@ -366,19 +361,22 @@ def _segments(layout: Layout, pictures: int, team: int, packed: Dict[Layer, Any]
     segments = []
     for run in runs:
         layers = [layout.layers[i] for i in run]
+        if team > 1 and len(run) == 1 and _weight_bytes(layers[0], packed) > TOGETHER_WEIGHTS:
+            segments.append(_Segment(run, pictures, 1, False))
+            continue
         one = sum({id(v.buffer): v.buffer.bytes(1) for x in layers for v in x.reads + x.outs if v.buffer}.values())
-        together = pictures
+        together = share
         while len(run) > 1 and together > 1 and one * together > BAND_BYTES:
             together = (together + 1) // 2
         bands = 1
         height = min((x.outs or x.ins)[0].h for x in layers)
         if together == 1 and len(run) > 1 and not any(x.op == 'mean' for x in layers):
             bands = max(1, min(-(-one // BAND_BYTES), height // 2))
-        segments.append(_Segment(run, together, bands))
+        segments.append(_Segment(run, together, bands, True))
     return segments
 
 
-def _allocate(layout: Layout, pictures: int, segments: List[_Segment]) -> int:
+def _allocate(layout: Layout, pictures: int, segments: List[_Segment], team: int) -> int:
     """Give each buffer an address, such that those alive together do not overlap; returns the bytes in all."""
     for b in layout.buffers:
         b.first, b.last, b.rows = 1 << 60, -1, b.h
@@ -392,26 +390,45 @@ def _allocate(layout: Layout, pictures: int, segments: List[_Segment]) -> int:
     for i, segment in enumerate(segments):
         if segment.bands > 1:
             _roll(layout, segment, i)
-    room = {}
+    # Threads that work apart do not wait for one another: what only they use, each has in memory of its own.
+    epochs: List[int] = []
+    for i, segment in enumerate(segments):
+        epochs.append(epochs[-1] + (not (segment.apart and segments[i - 1].apart)) if i else 0)
+    shared, own = [], []
+    share = -(-pictures // team)
     for b in layout.buffers:
-        # A map that no other segment sees needs room for the pictures only that the segment works on.
-        b.reused = b.first == b.last
-        room[b] = segments[b.first].pictures if b.reused else pictures
-    placed: List[Tuple[int, int, Buffer]] = []
+        b.own = 0
+        if segments[b.first].apart and epochs[b.first] == epochs[b.last] and not b.alone:
+            b.own, b.local = 1, b.first == b.last
+            own.append((b, b.first, b.last, b.bytes(segments[b.first].pictures if b.local else share)))
+        else:
+            shared.append((b, epochs[b.first], epochs[b.last], b.bytes(pictures)))
+    # A tile reads 16 pixels whether they are there or not.
+    slack = 32 * max(b.stride for b in layout.buffers) + 4096
+    total = _pack_buffers(shared)
+    size = _pack_buffers(own) + slack
+    for b, *_ in own:
+        b.address += total
+        b.own = size
+    return total + size * team + slack
+
+
+def _pack_buffers(wanted: List[Tuple[Buffer, int, int, int]]) -> int:
+    """Addresses for buffers of a first and a last use and a size; returns the bytes in all."""
+    placed: List[Tuple[int, int, Buffer, int, int]] = []
     total = 0
-    for b in sorted(layout.buffers, key=lambda b: (not b.alone, -b.bytes(room[b]))):
-        size = (b.bytes(room[b]) + 64 + 4095) // 4096 * 4096
+    for b, first, last, size in sorted(wanted, key=lambda w: (not w[0].alone, -w[3])):
+        size = (size + 64 + 4095) // 4096 * 4096
         at = 0
-        for start, end, other in sorted(placed, key=lambda p: p[0]):
-            if b.alone or other.alone or (other.first <= b.last and b.first <= other.last):
+        for start, end, other, begin, stop in sorted(placed, key=lambda p: p[0]):
+            if b.alone or other.alone or (begin <= last and first <= stop):
                 if at + size <= start:
                     break
                 at = max(at, end)
         b.address = at
-        placed.append((at, at + size, b))
+        placed.append((at, at + size, b, first, last))
         total = max(total, at + size)
-    # A tile reads 16 pixels whether they are there or not.
-    return total + 32 * max(b.stride for b in layout.buffers) + 4096
+    return total
 
 
 def _rows_read(layer: Layer, rows: int) -> int:
@@ -471,34 +488,45 @@ def _schedule(
         team: int,
         packed: Dict[Layer, Any],
 ) -> Iterator[Tuple[int, ...]]:
-    """All steps in order: layer (-1: wait for one another), pictures, rows, blocks of output channels, thread."""
+    """All steps in order.
+
+    Each is a layer (-1: wait for one another), pictures, rows, blocks of output channels, thread, and
+    whether the thread has these pictures for itself."""
+    before = True  # whether the segment before was one for each thread apart
     for segment in segments:
-        for start in range(0, pictures, segment.pictures):
-            stop = min(pictures, start + segment.pictures)
-            for i in segment.layers if segment.bands == 1 else ():
-                layer = layout.layers[i]
-                height, blocks = (layer.outs or layer.ins)[0].h, _blocks(layer, packed)
-                for rank in range(team):
-                    rows, part = (0, height), (0, blocks)
-                    if height >= team and not (blocks >= 2 * team and height < 16):
-                        rows = height * rank // team, height * (rank + 1) // team
-                    elif blocks >= team:
-                        part = blocks * rank // team, blocks * (rank + 1) // team
-                    elif rank:
-                        continue
-                    if rows[0] < rows[1]:
-                        yield (i, start, stop, *rows, *part, rank)
-            for i, y0, y1 in segment.steps:
-                layer = layout.layers[i]
-                cuts = {y0, y1}
-                for v in _in_place(layer, packed):
-                    assert v.buffer is not None
-                    cuts.update(range(-(-y0 // v.buffer.rows) * v.buffer.rows, y1, v.buffer.rows))
-                edges = sorted(cuts)
-                for a, b in zip(edges, edges[1:]):
-                    yield i, start, stop, a, b, 0, _blocks(layer, packed), 0
-        if team > 1:
-            yield (-1,) * 8
+        if not (before and segment.apart):
+            yield (-1,) * 9
+        before = segment.apart
+        for rank in range(team):
+            if segment.apart:
+                edge = pictures * (rank + 1) // team
+                for start in range(pictures * rank // team, edge, segment.pictures):
+                    stop = min(edge, start + segment.pictures)
+                    for i in segment.layers if segment.bands == 1 else ():
+                        layer = layout.layers[i]
+                        yield i, start, stop, 0, (layer.outs or layer.ins)[0].h, 0, _blocks(layer, packed), rank, True
+                    for i, y0, y1 in segment.steps:
+                        layer = layout.layers[i]
+                        cuts = {y0, y1}
+                        for v in _in_place(layer, packed):
+                            assert v.buffer is not None
+                            cuts.update(range(-(-y0 // v.buffer.rows) * v.buffer.rows, y1, v.buffer.rows))
+                        edges = sorted(cuts)
+                        for a, b in zip(edges, edges[1:]):
+                            yield i, start, stop, a, b, 0, _blocks(layer, packed), rank, True
+                continue
+            i, = segment.layers
+            layer = layout.layers[i]
+            height, blocks = (layer.outs or layer.ins)[0].h, _blocks(layer, packed)
+            rows, part = (0, height), (0, blocks)
+            if height >= team and not (blocks >= 2 * team and height < 16):
+                rows = height * rank // team, height * (rank + 1) // team
+            elif blocks >= team:
+                part = blocks * rank // team, blocks * (rank + 1) // team
+            elif rank:
+                continue
+            if rows[0] < rows[1]:
+                yield (i, 0, pictures, *rows, *part, rank, False)
 
 
 def _blocks(layer: Layer, packed: Dict[Layer, Any]) -> int:

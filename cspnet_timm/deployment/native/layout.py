@@ -39,7 +39,8 @@ class Buffer:
         self.first, self.last = 1 << 60, -1
         self.address = 0
         self.alone = False
-        self.reused = False
+        self.own = 0  # bytes of each thread's own memory, if it lies there
+        self.local = False  # whether a single segment uses it
 
     def bytes(self, pictures: int) -> int:
         return pictures * self.rows * self.w * self.stride
