@@ -568,7 +568,7 @@ static void run_upsample(const Layer& l, const Step& s, char* arena) {
         for (i64 y = s.y0; y < s.y1; y++)
             for (i64 x = 0; x < l.out_w; x++)
                 copy_bytes(arena + l.out_off + ((b * l.out_h + y) * l.out_w + x) * l.out_ps,
-                           arena + l.in_off + ((b * l.in_h + y / l.stride % l.in_mod) * l.in_w + x / l.stride) * l.in_ps, l.in_c * 2);
+                           arena + l.in_off + ((b * l.in_h + y * l.in_h / l.out_h % l.in_mod) * l.in_w + x * l.in_w / l.out_w) * l.in_ps, l.in_c * 2);
 }
 
 static void run_zero(const Layer& l, const Step& s, char* arena) {

@@ -70,7 +70,7 @@ class NativeEngine:
         assert self._lib.csp_record() == len(FIELDS)
         self._lock = threading.Lock()
         self._team: Optional[int] = None
-        self._sizes: Dict[Tuple[int, int], '_Size'] = {}
+        self._sizes: Dict[Tuple[int, int], _Size] = {}
         self._weights: Dict[Any, Tuple[Any, ...]] = {}
         self._size(*plan.input_shape[1:])
 
@@ -172,6 +172,8 @@ class _Program:
         self.lib = size.engine._lib
         layout = size.layout
         self.pictures, self.team = pictures, team
+        if any(pictures * v.h * v.w >= 1 << 31 for v in layout.values):
+            raise ValueError(f'{pictures} pictures of this size are too many for the native engine.')
         segments = _segments(layout, pictures, team, size.packed)
         self.arena_bytes = _allocate(layout, pictures, segments, team)
         self.keep: List[Any] = []
@@ -280,8 +282,6 @@ class _Program:
             else:
                 y = layer.ins[1]
                 r.update(in2_off=_at(y, start, row, rank, own), in2_ps=y.buffer.stride, in2_small=(y.h, y.w) != (layer.ins[0].h, layer.ins[0].w))
-        elif layer.op == 'upsample':
-            r['stride'] = layer['scale']
         elif layer.op == 'output':
             r['index'] = layer['index']
             r.update(out_h=layer.ins[0].h, out_w=layer.ins[0].w)
@@ -438,7 +438,7 @@ def _rows_read(layer: Layer, rows: int) -> int:
         reach = (rows - 1) * layer['stride'] - layer['pad'][0] + (layer['kernel'][0] - 1) * layer.fields.get('dilation', 1)
         return max(0, min(height, reach + 1))
     if layer.op == 'upsample':
-        return min(height, -(-rows // layer['scale']))
+        return min(height, (rows - 1) * height // layer.outs[0].h + 1) if rows else 0
     return height if layer.op == 'mean' else rows
 
 
@@ -465,7 +465,7 @@ def _roll(layout: Layout, segment: _Segment, number: int) -> None:
             if layer.op in ('conv', 'pool') and v is layer.ins[0]:
                 first = max(0, y0 * layer['stride'] - layer['pad'][0])
             elif layer.op == 'upsample':
-                first = y0 // layer['scale']
+                first = y0 * v.h // layer.outs[0].h
             assert v.buffer is not None
             reads.setdefault(v.buffer, []).append((t, first))
         for v in layer.outs:
@@ -491,7 +491,8 @@ def _schedule(
     """All steps in order.
 
     Each is a layer (-1: wait for one another), pictures, rows, blocks of output channels, thread, and
-    whether the thread has these pictures for itself."""
+    whether the thread has these pictures for itself.
+    """
     before = True  # whether the segment before was one for each thread apart
     for segment in segments:
         if not (before and segment.apart):
@@ -547,7 +548,7 @@ def _needed(layout: Layout, segment: _Segment, band: int) -> Dict[int, int]:
                 if user not in inside:
                     outside = True
                     continue
-                same = user.res is not None and user.res.buffer is v.buffer or v is not user.ins[0]
+                same = (user.res is not None and user.res.buffer is v.buffer) or v is not user.ins[0]
                 rows = max(rows, need[inside[user]] if same else 0,
                            _rows_read(user, need[inside[user]]) if any(_overlap(v, x) for x in user.ins) else 0)
             outside = outside or not layout.readers(v)

@@ -21,12 +21,12 @@ class Value:
 
     def __init__(self, shape: Tuple[int, int, int]) -> None:
         self.c, self.h, self.w = shape
-        self.buffer: Optional['Buffer'] = None
+        self.buffer: Optional[Buffer] = None
         self.offset = 0
-        self.layer: Optional['Layer'] = None  # what writes it
-        self.users: List['Layer'] = []
+        self.layer: Optional[Layer] = None  # what writes it
+        self.users: List[Layer] = []
         self.is_output = False
-        self.base: Optional['Value'] = None  # of a slice
+        self.base: Optional[Value] = None  # of a slice
         self.start = 0
 
 
@@ -98,7 +98,7 @@ def arrange(plan: Plan, height: int, width: int) -> Layout:
     layers = [Layer('input', [], [values[0]])]
     for i, op in enumerate(plan.operations):
         kind, out = op['op'], values[i + 1]
-        fields = {k: v for k, v in op.items() if k not in ('op', 'x', 'y', 'xs')}
+        fields = {k: field for k, field in op.items() if k not in ('op', 'x', 'y', 'xs')}
         ins = [values[v] for v in (op['xs'] if kind == 'cat' else [op[k] for k in ('x', 'y') if k in op])]
         if kind == 'slice':
             base = ins[0]

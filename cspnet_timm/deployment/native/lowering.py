@@ -45,6 +45,7 @@ class _Lowering:
         self.parameters: Dict[str, torch.Tensor] = {}
         self.lists: Dict[torch.fx.Node, List[int]] = {}
         self.sampled: Dict[torch.fx.Node, Tuple[int, int]] = {}  # rows taken at a step, the columns not yet
+        self.sizes: Dict[int, Tuple[int, ...]] = {}  # height and width of values
         self.views: set = set()  # nodes that share memory with another one
 
     def plan(self) -> Plan:
@@ -129,6 +130,8 @@ class _Lowering:
         if result is None:
             return
         self.values[node] = result
+        if node.meta['val'].ndim == 4:
+            self.sizes[result] = tuple(node.meta['val'].shape[2:])
         if name.endswith('_') and isinstance(x, torch.fx.Node):
             self.values[x] = result
 
@@ -217,7 +220,7 @@ class _Lowering:
         return values[0] if len(values) == 1 else self._emit('cat', xs=values)
 
     def _op_slice(self, node: torch.fx.Node, a: Dict[str, Any]) -> Optional[int]:
-        source = node.args[0]
+        source: Any = node.args[0]
         shape = source.meta['val'].shape  # type: ignore[union-attr]
         size, step = shape[a['dim']], a['step']
         start, stop = a['start'] or 0, size if a['end'] is None else a['end']
@@ -302,10 +305,12 @@ class _Lowering:
 
     def _op_upsample_nearest2d(self, node: torch.fx.Node, a: Dict[str, Any]) -> int:
         before, after = node.args[0].meta['val'].shape, node.meta['val'].shape  # type: ignore[union-attr]
+        # At another size of picture, a map made to fit a neighbour will have to fit it again.
+        like = next((v for v, size in reversed(self.sizes.items()) if size == tuple(after[2:])), None)
         scale = after[2] // before[2]
-        if (before[2] * scale, before[3] * scale) != tuple(after[2:]):
+        if (before[2] * scale, before[3] * scale) != tuple(after[2:]) and like is None:
             raise self._refuse(node, f' of {tuple(before[2:])} to {tuple(after[2:])}')
-        return self._emit('upsample', x=self._value(node.args[0]), scale=scale)
+        return self._emit('upsample', x=self._value(node.args[0]), scale=scale, like=like)
 
 
 def _two(value: Any) -> List[int]:

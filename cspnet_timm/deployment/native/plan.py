@@ -10,7 +10,7 @@ ACTIVATIONS = ('none', 'relu', 'leaky_relu', 'silu', 'hardswish', 'hardsigmoid',
 POOLS = ('max', 'mean', 'mean_padded')
 
 # What a plan may ask for at most; far above any network, far below what overflows.
-MAX_SIDE, MAX_CHANNELS, MAX_OPERATIONS, MAX_KERNEL, MAX_ELEMENTS = 1 << 14, 1 << 16, 1 << 14, 64, 1 << 30
+MAX_SIDE, MAX_CHANNELS, MAX_OPERATIONS, MAX_KERNEL, MAX_ELEMENTS = 1 << 14, 1 << 16, 1 << 14, 64, 1 << 28
 
 Shape = Tuple[int, int, int]
 
@@ -28,7 +28,7 @@ _FIELDS: Dict[str, Tuple[str, ...]] = {
     'slice': ('x', 'start', 'stop'),
     'pool': ('x', 'kind', 'kernel', 'stride', 'pad', 'ceil'),
     'mean': ('x',),
-    'upsample': ('x', 'scale'),
+    'upsample': ('x', 'scale', 'like'),
     'zeros': ('x', 'channels'),
 }
 
@@ -111,7 +111,7 @@ class Plan:
             raise ValueError(f'The plan\'s field \'operations\' has over {MAX_OPERATIONS} entries.')
         for value, _ in self.outputs:
             _integer(value, 'outputs', 0, len(self.operations))
-        names = set()
+        names: set = set()
         for i, op in enumerate(self.operations):
             where = f'operations[{i}]'
             if not isinstance(op, dict) or not isinstance(op.get('op'), str) or op['op'] not in _FIELDS:
@@ -144,6 +144,8 @@ class Plan:
                 _integer(op['stop'], f'{where}.stop', op['start'] + 1, MAX_CHANNELS)
             elif op['op'] == 'upsample':
                 _integer(op['scale'], f'{where}.scale', 1, MAX_KERNEL)
+                if op['like'] is not None:
+                    _integer(op['like'], f'{where}.like', 0, i)
             elif op['op'] == 'zeros':
                 _integer(op['channels'], f'{where}.channels', 1, MAX_CHANNELS)
             elif op['op'] == 'conv':
@@ -159,6 +161,8 @@ class Plan:
                 if bias.dtype != torch.float32 or tuple(bias.shape) != (weight.shape[0],):
                     raise ValueError(f'The plan\'s tensor {i}.bias is no vector of {weight.shape[0]} float32.')
                 groups = _integer(op['groups'], f'{where}.groups', 1, MAX_CHANNELS)
+                if not _depthwise(weight, groups) and weight.numel() * groups > MAX_ELEMENTS:
+                    raise ValueError(f'The plan\'s tensor {i}.weight is too large for {groups} groups.')
                 if weight.shape[0] % groups:
                     raise ValueError(f'The plan\'s field {where}.groups does not divide {weight.shape[0]} channels.')
         if names != set(self.tensors):
@@ -215,11 +219,14 @@ class Plan:
             elif kind == 'mean':
                 h = w = 1
             elif kind == 'upsample':
-                h, w = h * op['scale'], w * op['scale']
+                before = h, w
+                h, w = (h * op['scale'], w * op['scale']) if op['like'] is None else shapes[op['like']][1:]
+                if h < before[0] or w < before[1]:
+                    raise ValueError(f'The plan\'s field {where}.like makes a map smaller.')
             elif kind == 'zeros':
                 c = op['channels']
             if h < 1 or w < 1:
-                raise ValueError(f'The plan\'s field {where} leaves a map of {h} x {w} for a picture of {height} x {width}.')
+                raise ValueError(f'The plan\'s field {where} leaves a map of {h} x {w} at {height} x {width}.')
             if c > MAX_CHANNELS or max(h, w) > MAX_SIDE or c * h * w > MAX_ELEMENTS:
                 raise ValueError(f'The plan\'s field {where} makes a map too large: {(c, h, w)}.')
             shapes.append((c, h, w))
@@ -227,6 +234,10 @@ class Plan:
             if vector and shapes[value][1:] != (1, 1):
                 raise ValueError('The plan\'s field \'outputs\' calls a map a vector.')
         return shapes
+
+
+def _depthwise(weight: torch.Tensor, groups: int) -> bool:
+    return weight.shape[1] == 1 and groups == weight.shape[0]
 
 
 def pooled(size: int, kernel: int, stride: int, pad: int, ceil: bool) -> int:
