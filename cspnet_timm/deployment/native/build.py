@@ -1,0 +1,125 @@
+"""The engine's machine code: compiled once per machine by its own C++ compiler, kept in the user's cache."""
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import List, Optional
+
+__all__ = ['cache_dir', 'library', 'unavailable']
+
+SOURCE = Path(__file__).with_name('engine.cpp')
+FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC', '-pthread', '-fno-math-errno', '-mavx512f', '-mavx512bw', '-mavx512dq',
+         '-mavx512vl', '-mavx512bf16', '-mfma', '-mamx-tile', '-mamx-bf16', '-mamx-int8']
+NEEDED = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_bf16', 'amx_tile', 'amx_bf16', 'amx_int8')
+
+
+def cache_dir() -> Path:
+    """Where the compiled engine lies: ``$CSPNET_TIMM_CACHE``, else ``cspnet_timm`` in the user's cache."""
+    own = os.environ.get('CSPNET_TIMM_CACHE')
+    if own:
+        return Path(own)
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'cspnet_timm'
+
+
+def _compiler() -> Optional[List[str]]:
+    own = os.environ.get('CXX')
+    if own:
+        command = shlex.split(own)
+        return command if command and shutil.which(command[0]) else None
+    for name in ('g++', 'c++', 'clang++'):
+        if shutil.which(name):
+            return [name]
+    return None
+
+
+def unavailable() -> Optional[str]:
+    """Why the native engine cannot run here.
+
+    Returns:
+        None if it can, else one sentence.
+    """
+    if sys.platform != 'linux' or platform.machine() not in ('x86_64', 'AMD64'):
+        return f'The native engine is for Linux on x86-64, and this is {sys.platform} on {platform.machine()}.'
+    missing = [flag for flag in NEEDED if flag not in _cpu_flags()]
+    if missing:
+        return f'The native engine needs a CPU with AMX, and this one lacks {", ".join(missing)}.'
+    try:
+        library()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _cpu_flags() -> frozenset:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(':')[1] for line in lines if line.startswith('flags')), '').split())
+
+
+@functools.cache
+def _load(path: str) -> ctypes.CDLL:
+    lib = ctypes.CDLL(path)
+    i64, pointer, whole = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    for name, result, arguments in (
+            ('csp_record', whole, []), ('csp_permission', whole, []), ('csp_alloc', pointer, [i64]),
+            ('csp_free', None, [pointer]), ('csp_team', pointer, [whole]), ('csp_team_free', None, [pointer]),
+            ('csp_team_pid', whole, [pointer]), ('csp_program', pointer, [pointer, i64, i64, i64]),
+            ('csp_steps', None, [pointer, pointer, i64]), ('csp_program_free', None, [pointer]),
+            ('csp_run', None, [pointer, pointer, i64]),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    if lib.csp_permission():
+        raise RuntimeError('The native engine needs AMX, and this system does not let programs use its registers.')
+    return lib
+
+
+def library() -> ctypes.CDLL:
+    """The compiled engine; compiled now if it is not in the cache.
+
+    Returns:
+        The library.
+
+    Raises:
+        RuntimeError: If there is no compiler, it fails, or the system withholds AMX.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError('The native engine is compiled on the machine it runs on, and no C++ compiler was found '
+                           '(g++, c++, clang++ or $CXX).')
+    source = SOURCE.read_bytes()
+    key = hashlib.sha256(b'\0'.join([source, shlex.join([*compiler, *FLAGS]).encode(), _version(tuple(compiler))])).hexdigest()[:24]
+    path = cache_dir() / f'engine-{key}.so'
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix='.so')
+        except OSError as error:
+            raise RuntimeError(f'The native engine has no place for its compiled form: {error}. '
+                               'Set CSPNET_TIMM_CACHE to a folder of yours.') from error
+        os.close(handle)
+        try:
+            done = subprocess.run([*compiler, *FLAGS, str(SOURCE), '-o', temporary], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f'The native engine could not be compiled by {shlex.join(compiler)}: '
+                                   f'{(done.stderr.strip().splitlines() or ["no message"])[0][:300]}')
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+    return _load(str(path))
+
+
+@functools.cache
+def _version(compiler: tuple) -> bytes:
+    return subprocess.run([*compiler, '--version'], capture_output=True).stdout

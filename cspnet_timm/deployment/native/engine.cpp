@@ -1,0 +1,773 @@
+// An interpreter of convolutional networks for CPUs with AMX: bfloat16 maps, float32 accumulation.
+//
+// The caller (engine.py beside this file) has laid out every map in one arena, packed the weights, and written the
+// order of work; nothing here is specific to a network. Maps are [picture][row][column][channel] without borders;
+// a layer reads and writes a range of channels of such a map, so that concatenations and slices are no work.
+// Every dense convolution is one micro-kernel: 32 positions times 32 output channels in four accumulator tiles. The
+// rows of its A tiles are pixels: of the map itself for a 1x1 convolution, else of a copy of some rows with zeros
+// around them ("band") or of the patches of each position ("patch"), made in the thread's scratch memory.
+#include <immintrin.h>
+#include <linux/futex.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+typedef int64_t i64;
+typedef uint16_t bf16;
+
+enum Kind { CONV, DEPTHWISE, POOL, MEAN, BINARY, UPSAMPLE, ZERO, INPUT, OUTPUT };
+enum Act { NONE, RELU, LEAKY, SILU, HARDSWISH, HARDSIGMOID, SIGMOID, MISH, RELU6, N_ACTS };
+enum Mode { DIRECT, BAND, PATCH };
+
+// One layer as engine.py writes it: RECORD 64-bit integers in this order. Offsets are bytes from the arena's start.
+struct Layer {
+    i64 kind, in_off, in_ps, in_h, in_w, in_c, out_h, out_w, kh, kw, stride, pad_h, pad_w, dil, act, act_param;
+    i64 res_mode, nblocks, table, weights, bias, mode, tap_c, ksteps, flavour, in2_off, in2_ps, in2_small;
+    i64 out_off, out_ps, out_c, index, is_f32, flat, rows_at_once, koff;
+    i64 planes, plane, width;  // of a band: planes each way, their rows and their columns
+    i64 in_mod;  // rows that the input has room for; row y lies at y % in_mod
+};
+// What a block of 32 output channels of a convolution reads and writes.
+struct Block { i64 out_off, out_ps, nstore, res_off, res_ps, a_off; };
+struct Step { i64 layer, b0, b1, y0, y1, n0, n1, barrier; };
+struct Job {
+    i64 program, arena, input, stride_n, stride_c, stride_h, stride_w, outputs;
+};
+
+static const int RECORD = sizeof(Layer) / sizeof(i64);
+
+struct Program {
+    std::vector<Layer> layers;
+    std::vector<std::vector<i64>> koffs;
+    std::vector<std::vector<Block>> blocks;
+    std::vector<std::vector<Step>> steps;  // of each thread of the team
+    size_t scratch = 0, tiles = 0;
+#ifdef CSP_PROFILE  // compile with CXX='g++ -DCSP_PROFILE' for the time of every step
+    mutable std::vector<std::vector<i64>> ticks;
+#endif
+};
+#ifdef CSP_PROFILE
+struct Clock {
+    i64* to; i64 start;
+    explicit Clock(i64* t) : to(t), start(__builtin_ia32_rdtsc()) {}
+    ~Clock() { *to += __builtin_ia32_rdtsc() - start; }
+};
+#endif
+
+static inline __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+static inline __m512i narrow2(__m512 lo, __m512 hi) { return (__m512i)_mm512_cvtne2ps_pbh(hi, lo); }
+static inline __m512i load_bf16(const void* p, i64 n) {  // n channels, at most 32
+    return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p);
+}
+static inline void store_bf16(void* p, __m512i v, i64 n) {
+    if (n >= 32) _mm512_storeu_si512(p, v); else _mm512_mask_storeu_epi16(p, (1u << n) - 1, v);
+}
+static inline __m512 lo_half(__m512i v) { return widen(_mm512_castsi512_si256(v)); }
+static inline __m512 hi_half(__m512i v) { return widen(_mm512_extracti64x4_epi64(v, 1)); }
+
+// 2^z: by the exponent's bits and a cubic for the fraction; relative error 7.5e-5.
+static inline __m512 exp2_fast(__m512 z) {
+    const __m512 t = _mm512_reduce_ps(z, 9);  // z - floor(z)
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.07802446f), t, _mm512_set1_ps(0.22606727f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.69583348f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.99992522f));
+    return _mm512_scalef_ps(p, z);
+}
+static inline __m512 sigmoid(__m512 x) {
+    const __m512 e = exp2_fast(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
+    return _mm512_rcp14_ps(_mm512_add_ps(e, _mm512_set1_ps(1.f)));
+}
+template <int ACT> static inline __m512 activate(__m512 x, __m512 slope) {
+    const __m512 zero = _mm512_setzero_ps();
+    switch (ACT) {
+        case RELU: return _mm512_max_ps(x, zero);
+        case RELU6: return _mm512_min_ps(_mm512_max_ps(x, zero), _mm512_set1_ps(6.f));
+        case LEAKY: return _mm512_fmadd_ps(_mm512_min_ps(x, zero), slope, _mm512_max_ps(x, zero));
+        case SILU: return _mm512_mul_ps(x, sigmoid(x));
+        case SIGMOID: return sigmoid(x);
+        case HARDSIGMOID: case HARDSWISH: {
+            __m512 s = _mm512_fmadd_ps(x, _mm512_set1_ps(1.f / 6), _mm512_set1_ps(0.5f));
+            s = _mm512_min_ps(_mm512_max_ps(s, zero), _mm512_set1_ps(1.f));
+            return ACT == HARDSIGMOID ? s : _mm512_mul_ps(x, s);
+        }
+        case MISH: {  // x tanh(log(1 + e)) with e = exp(x) is x (e^2 + 2e) / (e^2 + 2e + 2)
+            const __m512 e = exp2_fast(_mm512_mul_ps(_mm512_min_ps(x, _mm512_set1_ps(25.f)), _mm512_set1_ps(1.44269504f)));
+            const __m512 n = _mm512_fmadd_ps(e, e, _mm512_add_ps(e, e));
+            return _mm512_mul_ps(x, _mm512_mul_ps(n, _mm512_rcp14_ps(_mm512_add_ps(n, _mm512_set1_ps(2.f)))));
+        }
+        default: return x;
+    }
+}
+static inline __m512 activate_any(i64 act, __m512 x, __m512 slope) {
+    switch (act) {
+        case RELU: return activate<RELU>(x, slope);
+        case LEAKY: return activate<LEAKY>(x, slope);
+        case SILU: return activate<SILU>(x, slope);
+        case HARDSWISH: return activate<HARDSWISH>(x, slope);
+        case HARDSIGMOID: return activate<HARDSIGMOID>(x, slope);
+        case SIGMOID: return activate<SIGMOID>(x, slope);
+        case MISH: return activate<MISH>(x, slope);
+        case RELU6: return activate<RELU6>(x, slope);
+        default: return x;
+    }
+}
+static inline float as_float(i64 bits) { uint32_t u = (uint32_t)bits; float f; memcpy(&f, &u, 4); return f; }
+
+struct Worker {  // memory of one thread
+    char* scratch = nullptr; size_t scratch_size = 0;
+    std::vector<const char*> tile_a; std::vector<int32_t> tile_pos;  // 16 output positions per tile, -1: none
+    alignas(64) float acc[2][32 * 32];
+};
+
+static void* big_alloc(size_t size) {
+    size = (size + (2u << 20) - 1) >> 21 << 21;
+    void* p = nullptr;
+    if (posix_memalign(&p, 2u << 20, size)) return nullptr;
+    madvise(p, size, MADV_HUGEPAGE);
+    memset(p, 0, size);
+    return p;
+}
+
+// ---------------------------------------------------------------------------------------------- dense convolution
+struct Pending { const float* acc; const int32_t* pos; const Block* block; };
+
+template <int ACT, int RES>
+static inline void finish_rows(char* arena, const Pending& e, int r0, int r1, __m512 slope, bool is_f32) {
+    const Block& k = *e.block;
+    const i64 out_ps = k.out_ps, res_ps = k.res_ps;
+    char* const out_base = arena + k.out_off;
+    const char* const res_base = arena + k.res_off;
+    const __mmask32 mask = k.nstore >= 32 ? ~0u : (1u << k.nstore) - 1;
+    const float* acc = e.acc + r0 * 32;
+    const int32_t* at = e.pos + r0;
+    const int32_t* const stop = e.pos + r1;
+    for (; at < stop; at++, acc += 32) {
+        const i64 pos = *at;
+        if (__builtin_expect(pos < 0, 0)) continue;
+        __m512 a = _mm512_load_ps(acc), b = _mm512_load_ps(acc + 16);
+        __m512 ra, rb;
+        if (RES) {
+            const __m512i res = _mm512_maskz_loadu_epi16(mask, res_base + pos * res_ps);
+            ra = lo_half(res); rb = hi_half(res);
+        }
+        if (RES == 1) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
+        a = activate<ACT>(a, slope); b = activate<ACT>(b, slope);
+        if (RES == 2) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
+        char* out = out_base + pos * out_ps;
+        if (__builtin_expect(is_f32, 0)) {
+            _mm512_mask_storeu_ps(out, (__mmask16)mask, a);
+            _mm512_mask_storeu_ps(out + 64, (__mmask16)(mask >> 16), b);
+        } else _mm512_mask_storeu_epi16(out, mask, narrow2(a, b));
+    }
+}
+
+template <int ACT, int RES>
+static void multiply(const Layer& l, const i64* koff, const Block* blocks, char* arena, Worker& w, size_t ntiles,
+                     i64 lda, i64 n0, i64 n1) {
+    const __m512 slope = _mm512_set1_ps(as_float(l.act_param));
+    const bool is_f32 = l.is_f32;
+    const i64 ksteps = l.ksteps;
+    const int rows = ksteps >= 32 ? 1 : (int)((32 + ksteps - 1) / ksteps);  // of the epilogue per step of the product
+    Pending pending = {nullptr, nullptr, nullptr};
+    int turn = 0;
+    for (i64 n = n0; n < n1; n++) {
+        const char* panel = (const char*)l.weights + n * ksteps * 2048;
+        const float* bias = (const float*)l.bias + n * 32;
+        const i64 a_off = blocks[n].a_off;
+        for (size_t t = 0; t < ntiles; t += 2) {
+            const char* a0 = w.tile_a[t] + a_off;
+            const char* a1 = w.tile_a[t + 1] + a_off;
+            const char* b = panel;
+            _tile_loadd(0, bias, 0); _tile_loadd(1, bias + 16, 0);
+            _tile_loadd(2, bias, 0); _tile_loadd(3, bias + 16, 0);
+            int row = pending.acc ? 0 : 32;
+            for (i64 k = 0; k < ksteps; k++, b += 2048) {
+                const i64 o = koff[k];
+                _tile_loadd(4, a0 + o, lda);
+                _tile_loadd(6, b, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, b + 1024, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, a1 + o, lda);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+                if (row < 32) {
+                    const int end = std::min(32, row + rows);
+                    finish_rows<ACT, RES>(arena, pending, row, end, slope, is_f32);
+                    row = end;
+                }
+            }
+            float* acc = w.acc[turn];
+            turn ^= 1;
+            _tile_stored(0, acc, 128); _tile_stored(1, acc + 16, 128);
+            _tile_stored(2, acc + 512, 128); _tile_stored(3, acc + 528, 128);
+            pending = {acc, &w.tile_pos[t * 16], &blocks[n]};
+        }
+    }
+    if (pending.acc) finish_rows<ACT, RES>(arena, pending, 0, 32, slope, is_f32);
+}
+
+typedef void (*Multiply)(const Layer&, const i64*, const Block*, char*, Worker&, size_t, i64, i64, i64);
+template <int ACT> static Multiply pick_res(i64 res) {
+    return res == 0 ? multiply<ACT, 0> : res == 1 ? multiply<ACT, 1> : multiply<ACT, 2>;
+}
+static Multiply pick(i64 act, i64 res) {
+    switch (act) {
+        case RELU: return pick_res<RELU>(res);
+        case LEAKY: return pick_res<LEAKY>(res);
+        case SILU: return pick_res<SILU>(res);
+        case HARDSWISH: return pick_res<HARDSWISH>(res);
+        case HARDSIGMOID: return pick_res<HARDSIGMOID>(res);
+        case SIGMOID: return pick_res<SIGMOID>(res);
+        case MISH: return pick_res<MISH>(res);
+        case RELU6: return pick_res<RELU6>(res);
+        default: return pick_res<NONE>(res);
+    }
+}
+
+static void copy_bytes(char* to, const char* from, i64 bytes) {
+    i64 i = 0;
+    for (; i + 64 <= bytes; i += 64) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+    if (i < bytes) {
+        const __mmask64 m = (~0ull) >> (64 - (bytes - i));
+        _mm512_mask_storeu_epi8(to + i, m, _mm512_maskz_loadu_epi8(m, from + i));
+    }
+}
+// Copies to a place whose room is a multiple of 64 bytes, zeros behind.
+static inline void copy_padded(char* to, const char* from, i64 bytes) {
+    i64 i = 0;
+    for (; i + 64 <= bytes; i += 64) _mm512_store_si512(to + i, _mm512_loadu_si512(from + i));
+    if (i < bytes) _mm512_store_si512(to + i, _mm512_maskz_loadu_epi8((~0ull) >> (64 - (bytes - i)), from + i));
+}
+static inline void zero_bytes(char* to, i64 bytes) { memset(to, 0, bytes); }
+
+// Rows of one picture for the output rows y0 to y1, with zeros around them and channels padded to tap_c. Where tiles go
+// on from row to row, a convolution with a stride finds rows and columns sorted by their remainder, so that neighbours of
+// the output are neighbours here: [row % planes][column % planes][row / planes][column / planes], with planes = stride
+// and room for l.plane rows. Returns the end.
+static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i64 y1) {
+    const i64 px = l.tap_c * 2, s = l.planes, width = l.width;
+    const i64 rows = (y1 - y0 - 1) * (l.stride / s) + (l.kh - 1) * l.dil / s + 1, top = y0 * l.stride - l.pad_h;
+    const i64 bytes = l.in_c * 2;
+    for (i64 py = 0; py < s; py++)
+        for (i64 j = 0; j < rows; j++) {
+            const i64 y = top + j * s + py;
+            for (i64 p = 0; p < s; p++) {
+                char* at = to + (((py * s + p) * l.plane + j) * width) * px;
+                if (y < 0 || y >= l.in_h) { zero_bytes(at, width * px); continue; }
+                // column i of the plane is column i * s + p - pad_w of the map
+                const i64 left = std::min(width, std::max<i64>(0, (l.pad_w - p + s - 1) / s));
+                const i64 right = std::max(left, std::min(width, (l.in_w - 1 + l.pad_w - p + s) / s));
+                if (left) zero_bytes(at, left * px);
+                if (right < width) zero_bytes(at + right * px, (width - right) * px);
+                const char* from = picture + (y % l.in_mod * l.in_w + left * s + p - l.pad_w) * l.in_ps;
+                at += left * px;
+                if (s == 1 && l.in_ps == px && bytes == px) copy_bytes(at, from, (right - left) * px);
+                else if (bytes == 64 && px == 64)
+                    for (i64 x = left; x < right; x++, at += 64, from += s * l.in_ps)
+                        _mm512_store_si512(at, _mm512_loadu_si512(from));
+                else for (i64 x = left; x < right; x++, at += px, from += s * l.in_ps) copy_padded(at, from, bytes);
+            }
+        }
+    return to + s * s * l.plane * width * px;
+}
+// Patches of few channels (a network's first layer): each 64 bytes of a patch are put together in a register by loads
+// that fill the lanes of one row of the kernel each.
+static void pack_small_patches(const Layer& l, const char* picture, char* to, i64 y, i64 row_bytes, i64 x0, i64 x1) {
+    const int per = (int)(l.kw * l.in_c), lines = (int)(row_bytes / 64);
+    const char* rows[16]; bool inside[16];
+    for (i64 ky = 0; ky < l.kh; ky++) {
+        const i64 iy = y * l.stride - l.pad_h + ky;
+        inside[ky] = iy >= 0 && iy < l.in_h;
+        rows[ky] = picture + (inside[ky] ? iy % l.in_mod * l.in_w * l.in_ps : 0) - l.pad_w * l.in_ps;
+    }
+    for (int line = 0; line < lines; line++) {
+        const char* from[32]; __mmask32 mask[32];
+        int n = 0;
+        for (int ky = line * 32 / per; ky < l.kh && ky * per < line * 32 + 32; ky++) {
+            if (!inside[ky]) continue;
+            const int a = std::max(ky * per - line * 32, 0), b = std::min((ky + 1) * per - line * 32, 32);
+            mask[n] = (b >= 32 ? ~0u : (1u << b) - 1) & ~((1u << a) - 1);
+            from[n++] = rows[ky] + 2 * (line * 32 - ky * per);
+        }
+        const i64 step = l.stride * l.in_ps;
+        char* at = to + x0 * row_bytes + line * 64;
+        for (i64 x = x0; x < x1; x++, at += row_bytes) {
+            __m512i v = _mm512_setzero_si512();
+            for (int i = 0; i < n; i++) v = _mm512_mask_loadu_epi16(v, mask[i], from[i] + x * step);
+            _mm512_store_si512(at, v);
+        }
+    }
+}
+// The patches of positions of row y of one picture, each ksteps * 64 bytes or more (row_bytes).
+static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i64 row_bytes) {
+    const i64 tap = l.tap_c * 2, bytes = l.in_c * 2;
+    const i64 run = l.kw * tap;
+    const __mmask64 run_mask = run >= 64 ? ~0ull : (1ull << run) - 1;
+    const bool runs = l.in_ps == tap && l.dil == 1 && bytes == tap;  // neighbours in a row are neighbours in the patch
+    i64 lo = l.out_w, hi = l.out_w;  // columns whose patches lie inside the map
+    if (runs && l.kh <= 16 && l.kw * l.in_c >= 2) {
+        lo = std::min(l.out_w, (l.pad_w + l.stride - 1) / l.stride);
+        hi = l.in_w + l.pad_w < l.kw ? lo : std::max(lo, std::min(l.out_w, (l.in_w + l.pad_w - l.kw) / l.stride + 1));
+        pack_small_patches(l, picture, to, y, row_bytes, lo, hi);
+    }
+    for (i64 x = 0; x < l.out_w; x++, to += row_bytes) {
+        if (x == lo && hi > lo) { x += hi - lo - 1; to += (hi - lo - 1) * row_bytes; continue; }
+        char* at = to;
+        const i64 ix = x * l.stride - l.pad_w;
+        for (i64 ky = 0; ky < l.kh; ky++) {
+            const i64 iy = y * l.stride - l.pad_h + ky * l.dil;
+            if (iy < 0 || iy >= l.in_h) { zero_bytes(at, l.kw * tap); at += l.kw * tap; continue; }
+            const char* row = picture + iy % l.in_mod * l.in_w * l.in_ps;
+            if (runs && ix >= 0 && ix + l.kw <= l.in_w) {
+                const char* from = row + ix * l.in_ps;
+                if (run <= 64 && at + 64 <= to + row_bytes) _mm512_storeu_si512(at, _mm512_maskz_loadu_epi8(run_mask, from));
+                else copy_bytes(at, from, run);
+                at += run;
+                continue;
+            }
+            for (i64 kx = 0; kx < l.kw; kx++, at += tap) {
+                const i64 jx = ix + kx * l.dil;
+                if (jx < 0 || jx >= l.in_w) { zero_bytes(at, tap); continue; }
+                copy_bytes(at, row + jx * l.in_ps, bytes);
+                if (bytes < tap) zero_bytes(at + bytes, tap - bytes);
+            }
+        }
+        const i64 rest = to + row_bytes - at;  // less than 64
+        _mm512_mask_storeu_epi8(at, (1ull << rest) - 1, _mm512_setzero_si512());
+    }
+}
+
+static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
+    const Layer& l = p.layers[s.layer];
+    const i64* koff = p.koffs[s.layer].data();
+    const Block* blocks = p.blocks[s.layer].data();
+    const Multiply multiply_ = pick(l.act, l.res_mode);
+    const i64 rows_total = (s.b1 - s.b0) * (s.y1 - s.y0), height = s.y1 - s.y0;
+    const i64 patch_bytes = (l.kh * l.kw * l.tap_c * 2 + 63) / 64 * 64;
+    const i64 width = l.width, px = l.tap_c * 2, step = l.mode == BAND ? l.stride / l.planes : 1;
+    const char* in = arena + l.in_off;
+    const i64 picture = l.in_h * l.in_w * l.in_ps;
+    for (i64 r = 0; r < rows_total;) {
+        const i64 r_end = std::min(rows_total, r + l.rows_at_once);
+        size_t nt = 0;
+        i64 lda = l.in_ps;
+        auto add_tile = [&](const char* a, i64 pos, i64 count) {
+            w.tile_a[nt] = a;
+            int32_t* at = &w.tile_pos[nt * 16];
+            for (i64 i = 0; i < 16; i++) at[i] = i < count ? (int32_t)(pos + i) : -1;
+            nt++;
+        };
+        char* to = w.scratch;
+        if (l.mode == DIRECT) {
+            while (r < r_end) {  // rows that follow one another in memory
+                const i64 b = s.b0 + r / height, y = s.y0 + r % height;
+                i64 n = (height == l.out_h) ? r_end - r : std::min(r_end - r, height - r % height);
+                const i64 pos = (b * l.out_h + y) * l.out_w;
+                for (i64 i = 0; i < n * l.out_w; i += 16)
+                    add_tile(in + (pos + i) * l.in_ps, pos + i, n * l.out_w - i);
+                r += n;
+            }
+        } else if (l.mode == PATCH) {
+            lda = patch_bytes;
+            i64 first = r, start = 0;
+            for (; r < r_end; r++, to += l.out_w * patch_bytes)
+                pack_patches(l, in + (s.b0 + r / height) * picture, to, s.y0 + r % height, patch_bytes);
+            to = w.scratch;
+            for (r = first; r < r_end; ) {
+                const i64 b = s.b0 + r / height, y = s.y0 + r % height;
+                i64 n = (height == l.out_h) ? r_end - r : std::min(r_end - r, height - r % height);
+                const i64 pos = (b * l.out_h + y) * l.out_w;
+                for (i64 i = 0; i < n * l.out_w; i += 16)
+                    add_tile(to + (start + i) * patch_bytes, pos + i, n * l.out_w - i);
+                start += n * l.out_w;
+                r += n;
+            }
+        } else {
+            lda = px * step;
+            while (r < r_end) {  // one picture at a time
+                const i64 b = s.b0 + r / height, y = s.y0 + r % height, n = std::min(r_end - r, height - r % height);
+                char* band = to;
+                to = pack_band(l, in + b * picture, to, y, y + n);
+                const i64 pos = (b * l.out_h + y) * l.out_w;
+                if (l.flat) {
+                    const i64 all = n * width - (width - l.out_w);
+                    for (i64 q = 0; q < all; q += 16) {
+                        w.tile_a[nt] = band + q * px;
+                        int32_t* at = &w.tile_pos[nt++ * 16];
+                        i64 row = q / width, col = q % width;
+                        for (i64 i = 0; i < 16; i++) {
+                            at[i] = row < n && col < l.out_w ? (int32_t)(pos + row * l.out_w + col) : -1;
+                            if (++col == width) { col = 0; row++; }
+                        }
+                    }
+                } else {
+                    for (i64 i = 0; i < n; i++)
+                        for (i64 x = 0; x < l.out_w; x += 16)
+                            add_tile(band + (i * width + x) * step * px, pos + i * l.out_w + x, l.out_w - x);
+                }
+                r += n;
+            }
+        }
+        if (nt & 1) add_tile(w.tile_a[nt - 1], 0, 0);
+        multiply_(l, koff, blocks, arena, w, nt, lda, s.n0, s.n1);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- the other layers
+static void run_depthwise(const Layer& l, const Step& s, char* arena) {
+    const __m512 slope = _mm512_set1_ps(as_float(l.act_param));
+    const float* weights = (const float*)l.weights;  // [tap][channels padded to 32]
+    const float* bias = (const float*)l.bias;
+    const i64 cp = l.nblocks * 32, d = l.dil;
+    auto finish = [&](i64 pos, i64 c, __m512 a, __m512 b, i64 n) {
+        __m512 ra = _mm512_setzero_ps(), rb = ra;
+        if (l.res_mode) {
+            const __m512i r = load_bf16(arena + l.in2_off + pos * l.in2_ps + c * 2, n);
+            ra = lo_half(r); rb = hi_half(r);
+        }
+        if (l.res_mode == 1) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
+        a = activate_any(l.act, a, slope); b = activate_any(l.act, b, slope);
+        if (l.res_mode == 2) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
+        store_bf16(arena + l.out_off + pos * l.out_ps + c * 2, narrow2(a, b), n);
+    };
+    for (i64 b = s.b0; b < s.b1; b++) {
+        const char* in = arena + l.in_off + b * l.in_h * l.in_w * l.in_ps;
+        for (i64 y = s.y0; y < s.y1; y++) {
+            const i64 pos0 = (b * l.out_h + y) * l.out_w;
+            const i64 iy0 = y * l.stride - l.pad_h;
+            // Columns whose taps all lie inside the map are done four at a time.
+            const i64 x_lo = std::min(l.out_w, (l.pad_w + l.stride - 1) / l.stride);
+            i64 x_hi = (l.in_w - 1 - (l.kw - 1) * d + l.pad_w);
+            x_hi = x_hi < 0 ? 0 : x_hi / l.stride + 1;
+            x_hi = std::min(std::max(x_hi, x_lo), l.out_w);
+            for (i64 c = 0; c < l.in_c; c += 32) {
+                const i64 n = std::min<i64>(32, l.in_c - c);
+                for (i64 x = 0; x < l.out_w;) {
+                    const int wide = x >= x_lo && x + 4 <= x_hi ? 4 : 1;
+                    __m512 lo[4], hi[4];
+                    for (int i = 0; i < 4; i++) { lo[i] = _mm512_loadu_ps(bias + c); hi[i] = _mm512_loadu_ps(bias + c + 16); }
+                    for (i64 ky = 0; ky < l.kh; ky++) {
+                        const i64 iy = iy0 + ky * d;
+                        if (iy < 0 || iy >= l.in_h) continue;
+                        for (i64 kx = 0; kx < l.kw; kx++) {
+                            const i64 ix = x * l.stride - l.pad_w + kx * d;
+                            const float* wt = weights + (ky * l.kw + kx) * cp + c;
+                            const char* at = in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * 2;
+                            if (wide == 4) {
+                                const __m512 w0 = _mm512_loadu_ps(wt), w1 = _mm512_loadu_ps(wt + 16);
+                                for (int i = 0; i < 4; i++) {
+                                    const __m512i v = load_bf16(at + i * l.stride * l.in_ps, n);
+                                    lo[i] = _mm512_fmadd_ps(lo_half(v), w0, lo[i]);
+                                    hi[i] = _mm512_fmadd_ps(hi_half(v), w1, hi[i]);
+                                }
+                            } else if (ix >= 0 && ix < l.in_w) {
+                                const __m512i v = load_bf16(at, n);
+                                lo[0] = _mm512_fmadd_ps(lo_half(v), _mm512_loadu_ps(wt), lo[0]);
+                                hi[0] = _mm512_fmadd_ps(hi_half(v), _mm512_loadu_ps(wt + 16), hi[0]);
+                            }
+                        }
+                    }
+                    for (int i = 0; i < wide; i++) finish(pos0 + x + i, c, lo[i], hi[i], n);
+                    x += wide;
+                }
+            }
+        }
+    }
+}
+
+// flavour 0: maximum, 1: mean of what lies inside the map, 2: mean with the padding's zeros counted. A 1x1 window is a
+// copy, or with a stride a sampling. Windows may hang over the right and lower edge (ceil_mode), which counts as outside
+// the padding too: PyTorch divides by the part that lies inside the padded map.
+static void run_pool(const Layer& l, const Step& s, char* arena) {
+    for (i64 b = s.b0; b < s.b1; b++) {
+        const char* in = arena + l.in_off + b * l.in_h * l.in_w * l.in_ps;
+        for (i64 y = s.y0; y < s.y1; y++) {
+            const i64 sy = y * l.stride - l.pad_h;
+            const i64 y0 = std::max<i64>(0, sy), y1 = std::min(l.in_h, sy + l.kh);
+            const i64 full_h = std::min(sy + l.kh, l.in_h + l.pad_h) - sy;
+            for (i64 x = 0; x < l.out_w; x++) {
+                const i64 sx = x * l.stride - l.pad_w;
+                const i64 x0 = std::max<i64>(0, sx), x1 = std::min(l.in_w, sx + l.kw);
+                const i64 full_w = std::min(sx + l.kw, l.in_w + l.pad_w) - sx;
+                char* out = arena + l.out_off + ((b * l.out_h + y) * l.out_w + x) * l.out_ps;
+                if (l.kh == 1 && l.kw == 1) { copy_bytes(out, in + (sy % l.in_mod * l.in_w + sx) * l.in_ps, l.in_c * 2); continue; }
+                const i64 count = l.flavour == 2 ? full_h * full_w : (y1 - y0) * (x1 - x0);
+                const __m512 scale = _mm512_set1_ps(1.f / std::max<i64>(1, count));
+                for (i64 c = 0; c < l.in_c; c += 32) {
+                    const i64 n = std::min<i64>(32, l.in_c - c);
+                    const float start = l.flavour ? 0.f : -__builtin_inff();
+                    __m512 lo = _mm512_set1_ps(start), hi = lo;
+                    for (i64 iy = y0; iy < y1; iy++)
+                        for (i64 ix = x0; ix < x1; ix++) {
+                            const __m512i v = load_bf16(in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * 2, n);
+                            if (l.flavour) { lo = _mm512_add_ps(lo, lo_half(v)); hi = _mm512_add_ps(hi, hi_half(v)); }
+                            else { lo = _mm512_max_ps(lo, lo_half(v)); hi = _mm512_max_ps(hi, hi_half(v)); }
+                        }
+                    if (l.flavour) { lo = _mm512_mul_ps(lo, scale); hi = _mm512_mul_ps(hi, scale); }
+                    store_bf16(out + c * 2, narrow2(lo, hi), n);
+                }
+            }
+        }
+    }
+}
+
+static void run_mean(const Layer& l, const Step& s, char* arena) {
+    const i64 count = l.in_h * l.in_w;
+    for (i64 b = s.b0; b < s.b1; b++) {
+        const char* in = arena + l.in_off + b * count * l.in_ps;
+        for (i64 c = 0; c < l.in_c; c += 32) {
+            const i64 n = std::min<i64>(32, l.in_c - c);
+            __m512 lo = _mm512_setzero_ps(), hi = lo;
+            for (i64 i = 0; i < count; i++) {
+                const __m512i v = load_bf16(in + i * l.in_ps + c * 2, n);
+                lo = _mm512_add_ps(lo, lo_half(v)); hi = _mm512_add_ps(hi, hi_half(v));
+            }
+            const __m512 scale = _mm512_set1_ps(1.f / count);
+            store_bf16(arena + l.out_off + b * l.out_ps + c * 2, narrow2(_mm512_mul_ps(lo, scale), _mm512_mul_ps(hi, scale)), n);
+        }
+    }
+}
+
+// flavour 0: activation of one map, 1: sum, 2: product of two maps; the second may be one pixel for the whole map.
+static void run_binary(const Layer& l, const Step& s, char* arena) {
+    const __m512 slope = _mm512_set1_ps(as_float(l.act_param));
+    for (i64 b = s.b0; b < s.b1; b++)
+        for (i64 i = s.y0 * l.out_w; i < s.y1 * l.out_w; i++) {
+            const i64 pos = b * l.out_h * l.out_w + i;
+            const char* x = arena + l.in_off + pos * l.in_ps;
+            const char* y = arena + l.in2_off + (l.in2_small ? b : pos) * l.in2_ps;
+            char* out = arena + l.out_off + pos * l.out_ps;
+            for (i64 c = 0; c < l.in_c; c += 32) {
+                const i64 n = std::min<i64>(32, l.in_c - c);
+                const __m512i v = load_bf16(x + c * 2, n);
+                __m512 lo = lo_half(v), hi = hi_half(v);
+                if (l.flavour) {
+                    const __m512i u = load_bf16(y + c * 2, n);
+                    if (l.flavour == 1) { lo = _mm512_add_ps(lo, lo_half(u)); hi = _mm512_add_ps(hi, hi_half(u)); }
+                    else { lo = _mm512_mul_ps(lo, lo_half(u)); hi = _mm512_mul_ps(hi, hi_half(u)); }
+                }
+                lo = activate_any(l.act, lo, slope); hi = activate_any(l.act, hi, slope);
+                store_bf16(out + c * 2, narrow2(lo, hi), n);
+            }
+        }
+}
+
+static void run_upsample(const Layer& l, const Step& s, char* arena) {
+    for (i64 b = s.b0; b < s.b1; b++)
+        for (i64 y = s.y0; y < s.y1; y++)
+            for (i64 x = 0; x < l.out_w; x++)
+                copy_bytes(arena + l.out_off + ((b * l.out_h + y) * l.out_w + x) * l.out_ps,
+                           arena + l.in_off + ((b * l.in_h + y * l.in_h / l.out_h % l.in_mod) * l.in_w + x * l.in_w / l.out_w) * l.in_ps, l.in_c * 2);
+}
+
+static void run_zero(const Layer& l, const Step& s, char* arena) {
+    for (i64 b = s.b0; b < s.b1; b++)
+        for (i64 i = s.y0 * l.out_w; i < s.y1 * l.out_w; i++)
+            zero_bytes(arena + l.out_off + (b * l.out_h * l.out_w + i) * l.out_ps, l.out_c * 2);
+}
+
+static inline bf16 round_bf16(float f) { return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(f)), 0); }
+
+static void run_input(const Layer& l, const Step& s, char* arena, const Job& job) {
+    for (i64 b = s.b0; b < s.b1; b++)
+        for (i64 y = s.y0; y < s.y1; y++) {
+            const float* in = (const float*)job.input + b * job.stride_n + y * job.stride_h;
+            bf16* out = (bf16*)(arena + l.out_off + (b * l.out_h + y) * l.out_w * l.out_ps);
+            const i64 ps = l.out_ps / 2;
+            i64 done = 0;
+            if (l.out_c == 3 && ps == 3 && job.stride_w == 1) {
+                alignas(64) static const struct Order {  // lanes 0-15 first channel, 16-31 second, 32-47 third
+                    uint16_t a[32], b[32];
+                    constexpr Order() : a(), b() {
+                        for (int i = 0; i < 48; i++) (i < 32 ? a[i] : b[i - 32]) = (uint16_t)(i % 3 * 16 + i / 3);
+                    }
+                } order;
+                const __m512i first = _mm512_load_si512(order.a), second = _mm512_load_si512(order.b);
+                for (; done + 16 <= l.out_w; done += 16) {
+                    const __m512 r = _mm512_loadu_ps(in + done), g = _mm512_loadu_ps(in + job.stride_c + done);
+                    const __m512i rg = narrow2(r, g);
+                    const __m512i bb = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(in + 2 * job.stride_c + done)));
+                    _mm512_storeu_si512(out + done * 3, _mm512_permutex2var_epi16(rg, first, bb));
+                    _mm256_storeu_si256((__m256i*)(out + done * 3 + 32), _mm512_castsi512_si256(_mm512_permutex2var_epi16(rg, second, bb)));
+                }
+            }
+            for (i64 c = 0; c < l.out_c; c++) {
+                i64 x = done;
+                if (job.stride_w == 1)
+                    for (; x + 16 <= l.out_w; x += 16) {
+                        alignas(32) bf16 t[16];
+                        _mm256_store_si256((__m256i*)t, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(in + c * job.stride_c + x)));
+                        for (int i = 0; i < 16; i++) out[(x + i) * ps + c] = t[i];
+                    }
+                for (; x < l.out_w; x++) out[x * ps + c] = round_bf16(in[c * job.stride_c + x * job.stride_w]);
+            }
+        }
+}
+
+static void run_output(const Layer& l, const Step& s, char* arena, const Job& job) {
+    float* base = ((float**)job.outputs)[l.index];
+    for (i64 b = s.b0; b < s.b1; b++)
+        for (i64 i = s.y0 * l.in_w; i < s.y1 * l.in_w; i++) {
+            const i64 pos = b * l.in_h * l.in_w + i;
+            const char* in = arena + l.in_off + pos * l.in_ps;
+            float* out = base + pos * l.in_c;
+            if (l.is_f32) { memcpy(out, in, l.in_c * 4); continue; }
+            for (i64 c = 0; c < l.in_c; c += 16) {
+                const __mmask16 m = l.in_c - c >= 16 ? 0xffff : (1u << (l.in_c - c)) - 1;
+                _mm512_mask_storeu_ps(out + c, m, widen(_mm256_maskz_loadu_epi16(m, in + c * 2)));
+            }
+        }
+}
+
+// ---------------------------------------------------------------------------------------------- threads
+struct alignas(64) Config { uint8_t palette, start, reserved[14]; uint16_t colsb[16]; uint8_t rows[16]; };
+
+struct Team {
+    int size;
+    pid_t pid;
+    std::vector<std::thread> threads;
+    std::vector<Worker*> workers;
+    std::atomic<uint64_t> generation{0};
+    std::atomic<int> finished{0}, arrived{0}, phase{0};
+    std::atomic<bool> stop{false};
+    std::mutex mutex;
+    std::condition_variable wake;
+    const Job* jobs = nullptr; int njobs = 0;
+
+    explicit Team(int n) : size(n), pid(getpid()) {
+        for (int i = 0; i < n; i++) workers.push_back(new Worker());
+        for (int i = 1; i < n; i++) threads.emplace_back([this, i] { loop(i); });
+    }
+    ~Team() {
+        { std::lock_guard<std::mutex> hold(mutex); stop = true; generation++; }
+        wake.notify_all();
+        for (auto& t : threads) t.join();
+        for (auto w : workers) { free(w->scratch); delete w; }
+    }
+    void barrier() {
+        if (size == 1) return;
+        const int now = phase.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+            arrived.store(0, std::memory_order_relaxed);
+            phase.store(now + 1, std::memory_order_release);
+        } else {
+            for (int i = 0; phase.load(std::memory_order_acquire) == now; i++) {
+                if (i < 20000) _mm_pause(); else std::this_thread::yield();
+            }
+        }
+    }
+    void execute(const Program& p, const Job& job, int rank, Worker& w) {
+        if (w.scratch_size < p.scratch) {
+            free(w.scratch);
+            w.scratch = (char*)big_alloc(p.scratch);
+            w.scratch_size = p.scratch;
+        }
+        if (w.tile_a.size() < p.tiles) { w.tile_a.resize(p.tiles); w.tile_pos.resize(p.tiles * 16); }
+        char* arena = (char*)job.arena;
+        for (const Step& s : p.steps[rank]) {
+            if (s.barrier) { barrier(); continue; }
+            const Layer& l = p.layers[s.layer];
+#ifdef CSP_PROFILE
+            Clock clock(&p.ticks[rank][&s - p.steps[rank].data()]);
+#endif
+            switch (l.kind) {
+                case CONV: run_conv(p, s, arena, w); break;
+                case DEPTHWISE: run_depthwise(l, s, arena); break;
+                case POOL: run_pool(l, s, arena); break;
+                case MEAN: run_mean(l, s, arena); break;
+                case BINARY: run_binary(l, s, arena); break;
+                case UPSAMPLE: run_upsample(l, s, arena); break;
+                case ZERO: run_zero(l, s, arena); break;
+                case INPUT: run_input(l, s, arena, job); break;
+                case OUTPUT: run_output(l, s, arena, job); break;
+            }
+        }
+    }
+    void work(int rank) {
+        Config config = {};
+        config.palette = 1;
+        for (int i = 0; i < 8; i++) { config.colsb[i] = 64; config.rows[i] = 16; }
+        _tile_loadconfig(&config);
+        for (int j = 0; j < njobs; j++) { execute(*(const Program*)jobs[j].program, jobs[j], rank, *workers[rank]); barrier(); }
+        _tile_release();
+    }
+    void loop(int rank) {
+        uint64_t seen = 0;
+        while (true) {
+            for (int i = 0; i < 4000 && generation.load(std::memory_order_acquire) == seen; i++) _mm_pause();
+            if (generation.load(std::memory_order_acquire) == seen) {
+                std::unique_lock<std::mutex> hold(mutex);
+                wake.wait(hold, [&] { return generation.load() != seen; });
+            }
+            seen++;
+            if (stop) return;
+            work(rank);
+            finished.fetch_add(1, std::memory_order_release);
+        }
+    }
+    void run(const Job* j, int n) {
+        jobs = j; njobs = n;
+        finished = 0;
+        if (size > 1) {
+            { std::lock_guard<std::mutex> hold(mutex); generation.fetch_add(1, std::memory_order_release); }
+            wake.notify_all();
+        }
+        work(0);
+        for (int i = 0; finished.load(std::memory_order_acquire) < size - 1; i++) {
+            if (i < 20000) _mm_pause(); else std::this_thread::yield();
+        }
+    }
+};
+
+extern "C" {
+int csp_record() { return RECORD; }
+// Asks the kernel for the tile registers; 0 if they may be used.
+int csp_permission() { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
+void* csp_alloc(i64 size) { return big_alloc((size_t)size); }
+void csp_free(void* p) { free(p); }
+void* csp_team(int size) { return new Team(size); }
+void csp_team_free(void* t) {
+    Team* team = (Team*)t;
+    if (team->pid == getpid()) delete team;  // the threads of a forked process are not in its child
+}
+int csp_team_pid(void* t) { return ((Team*)t)->pid; }
+void* csp_program(const i64* records, i64 nlayers, i64 scratch, i64 tiles) {
+    Program* p = new Program();
+    p->scratch = scratch; p->tiles = tiles;
+    for (i64 i = 0; i < nlayers; i++) {
+        Layer l;
+        memcpy(&l, records + i * RECORD, sizeof(l));
+        p->layers.push_back(l);
+        std::vector<i64> koff; std::vector<Block> blocks;
+        if (l.kind == CONV) {
+            koff.assign((const i64*)l.koff, (const i64*)l.koff + l.ksteps);
+            blocks.assign((const Block*)l.table, (const Block*)l.table + l.nblocks);
+        }
+        p->koffs.push_back(koff); p->blocks.push_back(blocks);
+    }
+    return p;
+}
+void csp_steps(void* program, const i64* steps, i64 n) {
+    std::vector<Step> s((const Step*)steps, (const Step*)steps + n);
+    ((Program*)program)->steps.push_back(s);
+#ifdef CSP_PROFILE
+    ((Program*)program)->ticks.emplace_back(n);
+#endif
+}
+#ifdef CSP_PROFILE
+i64* csp_ticks(void* program, int rank) { return ((Program*)program)->ticks[rank].data(); }
+#endif
+void csp_program_free(void* p) { delete (Program*)p; }
+void csp_run(void* team, const i64* jobs, i64 n) { ((Team*)team)->run((const Job*)jobs, (int)n); }
+}

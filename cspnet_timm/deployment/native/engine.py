@@ -1,0 +1,562 @@
+"""Running a plan: memory, order of work, threads."""
+import ctypes
+import os
+import threading
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+
+from .build import library
+from .layout import BAND, DIRECT, PATCH, Buffer, Layer, Layout, Value, act_fields, arrange, pack_weights
+from .plan import Plan
+
+__all__ = ['NativeEngine']
+
+KINDS = {'conv': 0, 'depthwise': 1, 'pool': 2, 'mean': 3, 'act': 4, 'add': 4, 'mul': 4, 'upsample': 5, 'zeros': 6,
+         'input': 7, 'output': 8}
+FIELDS = (
+    'kind', 'in_off', 'in_ps', 'in_h', 'in_w', 'in_c', 'out_h', 'out_w', 'kh', 'kw', 'stride', 'pad_h', 'pad_w', 'dil',
+    'act', 'act_param', 'res_mode', 'nblocks', 'table', 'weights', 'bias', 'mode', 'tap_c', 'ksteps', 'flavour',
+    'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'rows_at_once', 'koff',
+    'planes', 'plane', 'width', 'in_mod')
+CHUNK = 4  # pictures that one thread takes through the network together
+BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
+LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 1200 << 10  # the same, for weights above this size
+SEGMENT_WEIGHTS = 600 << 10  # of layers that are worked through together
+TOGETHER_WEIGHTS = 1500 << 10  # of a layer above which the threads share it, each with some of the output channels
+BAND_BYTES = 800 << 10  # of all maps of such layers, for the rows that are worked on
+MAX_SIZES = 4  # sizes of pictures whose memory is kept
+
+
+class _Memory:
+    """Bytes of the engine's own allocator: aligned, zeroed, in large pages."""
+
+    def __init__(self, size: int) -> None:
+        self.lib = library()
+        self.address = self.lib.csp_alloc(size)
+        if not self.address:
+            raise MemoryError(f'{size} bytes for the native engine.')
+
+    def __del__(self) -> None:
+        if getattr(self, 'address', None):
+            self.lib.csp_free(self.address)
+
+
+class NativeEngine:
+    """A plan, ready to run.
+
+    Called with pictures ``(B, C, H, W)`` in float32, it returns the list of the network's outputs in float32. Any batch
+    size and any size of picture will do; memory for a new one is laid out at its first call.
+    """
+
+    def __init__(self, plan: Plan, threads: int, precision: str = 'bfloat16') -> None:
+        """
+        Args:
+            plan: The network.
+            threads: Threads that compute.
+            precision: What the maps and weights are kept in: ``'bfloat16'``.
+
+        Raises:
+            ValueError: If the precision is unknown or there are no threads.
+            RuntimeError: If the engine cannot run on this machine.
+        """
+        if precision != 'bfloat16':
+            raise ValueError(f'precision={precision!r} is not known to the native engine, choose \'bfloat16\'.')
+        if threads < 1:
+            raise ValueError(f'threads={threads}: at least one thread must compute.')
+        self.plan = plan
+        self.threads = threads
+        self._lib = library()
+        assert self._lib.csp_record() == len(FIELDS)
+        self._lock = threading.Lock()
+        self._team: Optional[int] = None
+        self._sizes: Dict[Tuple[int, int], _Size] = {}
+        self._weights: Dict[Any, Tuple[Any, ...]] = {}
+        self._size(*plan.input_shape[1:])
+
+    def _size(self, height: int, width: int) -> '_Size':
+        size = self._sizes.pop((height, width), None) or _Size(self, height, width)
+        self._sizes[height, width] = size
+        while len(self._sizes) > MAX_SIZES:
+            del self._sizes[next(iter(self._sizes))]
+        return size
+
+    def _threads(self) -> int:
+        # A forked process has no threads but the one that forked.
+        if self._team is None or self._lib.csp_team_pid(self._team) != os.getpid():
+            self._team = self._lib.csp_team(self.threads)
+        assert self._team is not None
+        return self._team
+
+    def __call__(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """Run the network.
+
+        Args:
+            x: Pictures ``(B, C, H, W)``, float32, on the CPU, contiguous or channels-last.
+
+        Returns:
+            The outputs, ``(B, C', H', W')`` in channels-last memory or ``(B, C')``.
+
+        Raises:
+            ValueError: If the pictures are not as said, or the network cannot take their size.
+        """
+        if x.ndim != 4 or x.shape[1] != self.plan.input_shape[0] or x.dtype != torch.float32 or x.device.type != 'cpu':
+            raise ValueError(f'The native engine takes float32 pictures (B, {self.plan.input_shape[0]}, H, W) on the '
+                             f'CPU, not {x.dtype} {tuple(x.shape)} on {x.device}.')
+        x = x.detach()
+        with self._lock:
+            return self._size(*x.shape[2:]).run(x)
+
+    def __del__(self) -> None:
+        if getattr(self, '_team', None) is not None:
+            self._lib.csp_team_free(self._team)
+
+
+class _Size:
+    """A network at one size of picture."""
+
+    def __init__(self, engine: NativeEngine, height: int, width: int) -> None:
+        self.engine = engine
+        self.layout = arrange(engine.plan, height, width)
+        self.programs: Dict[int, _Program] = {}
+        self.outputs = [(layer.ins[0].c, layer.ins[0].h, layer.ins[0].w, layer['vector'])
+                        for layer in self.layout.layers if layer.op == 'output']
+        self.packed = {}
+        for layer in self.layout.layers:
+            if layer.op == 'conv':
+                self.packed[layer] = _pack(layer)
+
+    def program(self, pictures: int) -> '_Program':
+        if pictures not in self.programs:
+            self.programs[pictures] = _Program(self, pictures, self.engine.threads)
+        return self.programs[pictures]
+
+    def run(self, x: torch.Tensor) -> List[torch.Tensor]:
+        batch, threads = len(x), self.engine.threads
+        results = [torch.empty(batch, h, w, c) for c, h, w, _ in self.outputs]
+        jobs, keep = [], []
+        for start in range(0, batch, threads * CHUNK):
+            program = self.program(min(batch - start, threads * CHUNK))
+            pointers = (ctypes.c_int64 * len(results))(*(r[start:].data_ptr() for r in results))
+            keep.append(pointers)
+            jobs += [program.handle, program.arena.address, x[start:].data_ptr(), *x.stride(),
+                     ctypes.addressof(pointers)]
+        array = (ctypes.c_int64 * len(jobs))(*jobs)
+        self.engine._lib.csp_run(self.engine._threads(), array, len(keep))
+        return [r.flatten(1) if vector else r.permute(0, 3, 1, 2) for r, (*_, vector) in zip(results, self.outputs)]
+
+
+def _pack(layer: Layer) -> Dict[str, Any]:
+    if layer.depthwise:
+        weight, bias = layer.weights[0], layer.biases[0]
+        pad = -len(bias) % 32
+        taps = torch.nn.functional.pad(weight.flatten(1).t(), (0, pad)).contiguous()
+        return {'weights': taps.float(), 'bias': torch.nn.functional.pad(bias, (0, pad)).contiguous()}
+    packed = pack_weights(layer)
+    for key in ('weights', 'bias'):
+        tensor = packed[key]
+        memory = _Memory(tensor.numel() * tensor.element_size() + 64)
+        ctypes.memmove(memory.address, tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        packed[key] = memory
+    return packed
+
+
+def _address(memory: Any) -> int:
+    return memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.address
+
+
+class _Program:
+    """The work of one or several threads for a number of pictures."""
+
+    def __init__(self, size: _Size, pictures: int, team: int) -> None:
+        self.lib = size.engine._lib
+        layout = size.layout
+        self.pictures, self.team = pictures, team
+        if any(pictures * v.h * v.w >= 1 << 31 for v in layout.values):
+            raise ValueError(f'{pictures} pictures of this size are too many for the native engine.')
+        segments = _segments(layout, pictures, team, size.packed)
+        self.arena_bytes = _allocate(layout, pictures, segments, team)
+        self.keep: List[Any] = []
+        records: List[int] = []
+        self.scratch, self.tiles = 0, 0
+        self.steps: List[List[Tuple[int, ...]]] = [[] for _ in range(team)]
+        self.layer_of: List[int] = []  # of each record
+        known: Dict[Tuple[int, ...], int] = {}
+        for i, start, stop, y0, y1, n0, n1, rank, apart in _schedule(layout, segments, pictures, team, size.packed):
+            if i < 0:
+                for steps in self.steps:
+                    steps.append((0, 0, 0, 0, 0, 0, 0, 1))
+                continue
+            layer = layout.layers[i]
+            turns = tuple(y0 // v.buffer.rows for v in _in_place(layer, size.packed))  # of buffers that roll
+            key = (i, start, rank if apart else -1, *turns)
+            if key not in known:
+                known[key] = len(self.layer_of)
+                self.layer_of.append(i)
+                record = self._record(layer, size.packed.get(layer), start, y0, rank if apart else 0)
+                records += [int(record.get(name, 0)) for name in FIELDS]
+            self.steps[rank].append((known[key], start, stop, y0, y1, n0, n1, 0))
+        array = (ctypes.c_int64 * len(records))(*records)
+        self.handle = self.lib.csp_program(array, len(self.layer_of), self.scratch, self.tiles)
+        for steps in self.steps:
+            flat = [v for step in steps for v in step]
+            self.lib.csp_steps(self.handle, (ctypes.c_int64 * len(flat))(*flat), len(steps))
+        self.arena = _Memory(self.arena_bytes)
+
+    def __del__(self) -> None:
+        if getattr(self, 'handle', None):
+            self.lib.csp_program_free(self.handle)
+
+    def _record(self, layer: Layer, packed: Optional[Dict[str, Any]], start: int, row: int, rank: int) -> Dict[str, int]:
+        r: Dict[str, int] = {'kind': KINDS[layer.op], 'stride': 1, 'dil': 1, 'kh': 1, 'kw': 1, 'is_f32': layer.is_f32}
+        own = self.pictures * rank // self.team  # the first picture of this thread
+        if layer.ins:
+            x = layer.ins[0]
+            direct = _reads_in_place(layer, packed)
+            r.update(in_off=_at(x, start, row if direct else 0, rank, own), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w, in_c=x.c,
+                     in_mod=x.buffer.rows)
+        if layer.outs:
+            y = layer.outs[0]
+            r.update(out_off=_at(y, start, row, rank, own), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c)
+        r['act'], r['act_param'] = act_fields(layer)
+        if layer.op in ('conv', 'pool'):
+            r.update(kh=layer['kernel'][0], kw=layer['kernel'][1], stride=layer['stride'], pad_h=layer['pad'][0],
+                     pad_w=layer['pad'][1], dil=layer.fields.get('dilation', 1))
+        if layer.op == 'conv':
+            assert packed is not None
+            r.update(res_mode=layer.res_mode, weights=_address(packed['weights']), bias=_address(packed['bias']))
+            if layer.depthwise:
+                r.update(kind=KINDS['depthwise'], nblocks=(layer.ins[0].c + 31) // 32)
+                if layer.res is not None:
+                    r.update(in2_off=_at(layer.res, start, row, rank, own), in2_ps=layer.res.buffer.stride)
+                return r
+            table: List[int] = []
+            for index, first, count, a_off in packed['blocks']:
+                v, res = layer.outs[index], layer.res
+                # The last block of a buffer also fills the room behind it.
+                whole = v.offset + v.c == v.buffer.c and first + count == v.c and (
+                    layer.is_f32 or (v.offset + first + 32) * 2 <= v.buffer.stride)
+                table += [_at(v, start, row, rank, own) + first * (4 if layer.is_f32 else 2), v.buffer.stride, 32 if whole else count,
+                          _at(res, start, row, rank, own) + first * 2 if res is not None else 0, res.buffer.stride if res is not None else 0,
+                          a_off]
+            mode, tap_c = packed['mode'], packed['tap_c']
+            width, s, d = layer.outs[0].w, layer['stride'], layer['dilation']
+            span = width + (r['kw'] - 1) * d // s
+            # Rows whose ends leave tiles half empty are taken as one, with the zeros between them.
+            flat = mode == BAND and span < (width + 15) // 16 * 16
+            planes = s if flat else 1
+            if not flat:
+                span = (width - 1) * s + (r['kw'] - 1) * d + 1
+            px = tap_c * 2
+            patch = (r['kh'] * r['kw'] * px + 63) // 64 * 64
+            per_row = {DIRECT: width * r['in_ps'], PATCH: width * patch, BAND: span * px * s * planes}[mode]
+            everything = self.pictures * r['out_h']
+            # Weights that the second-level cache cannot hold are fetched for as many positions as it can hold.
+            large = _weight_bytes_of(packed) > LARGE_WEIGHTS
+            rows = min(max(1, (LARGE_BLOCK_BYTES if large else BLOCK_BYTES) // per_row), everything)
+            rows = -(-everything // -(-everything // rows))
+            plane = (min(rows, r['out_h']) - 1) * (s // planes) + (r['kh'] - 1) * d // planes + 1
+            koff = packed['koff']
+            if mode == BAND:
+                koff = [(((ky * d % planes * planes + kx * d % planes) * plane + ky * d // planes) * span
+                         + kx * d // planes) * px + cb * 64
+                        for cb in range(packed['channel_blocks']) for ky in range(r['kh']) for kx in range(r['kw'])]
+            tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(koff))(*koff)
+            self.keep += tables
+            r.update(nblocks=len(packed['blocks']), table=ctypes.addressof(tables[0]), koff=ctypes.addressof(tables[1]),
+                     mode=mode, tap_c=tap_c, ksteps=packed['ksteps'], flat=flat, rows_at_once=rows,
+                     planes=planes, plane=plane, width=span)
+            self.tiles = max(self.tiles, rows * ((span + 15) // 16 + 1) + 2 * self.pictures + 2)
+            slack = 32 * max(px * s, patch) + 4096
+            if mode == PATCH:
+                self.scratch = max(self.scratch, rows * width * patch + slack)
+            elif mode == BAND:
+                bands = min(rows, self.pictures)  # of different pictures
+                self.scratch = max(self.scratch, bands * planes * planes * plane * span * px + slack)
+        elif layer.op == 'pool':
+            r['flavour'] = ('max', 'mean', 'mean_padded').index(layer['kind'])
+        elif layer.op in ('add', 'mul', 'act'):
+            r['flavour'] = ('act', 'add', 'mul').index(layer.op)
+            if layer.op == 'act':
+                r['act'], r['act_param'] = act_fields_of(layer)
+            else:
+                y = layer.ins[1]
+                r.update(in2_off=_at(y, start, row, rank, own), in2_ps=y.buffer.stride, in2_small=(y.h, y.w) != (layer.ins[0].h, layer.ins[0].w))
+        elif layer.op == 'output':
+            r['index'] = layer['index']
+            r.update(out_h=layer.ins[0].h, out_w=layer.ins[0].w)
+        return r
+
+
+def act_fields_of(layer: Layer) -> Tuple[int, int]:
+    """The same for an activation that stands alone."""
+    layer.act, layer.slope = layer['kind'], layer['slope']
+    return act_fields(layer)
+
+
+def _at(value: Value, start: int, row: int, rank: int, first: int) -> int:
+    """Where a map would begin such that a row of picture ``start`` lies where it does.
+
+    A buffer that each thread has for itself may have room for a few pictures only, of which ``start`` is the first, or
+    for a few rows only, in turns; else for those of the thread, of which ``first`` is the first.
+    """
+    buffer = value.buffer
+    assert buffer is not None
+    at = buffer.address + value.offset * 2 - row // buffer.rows * buffer.rows * buffer.w * buffer.stride
+    if buffer.own:
+        at += rank * buffer.own - (start if buffer.local else first) * buffer.h * buffer.w * buffer.stride
+    return at
+
+
+def _reads_in_place(layer: Layer, packed: Optional[Dict[str, Any]]) -> bool:
+    """Whether a layer reads its input at the very rows of its output, as one stretch of memory."""
+    if layer.op == 'conv':
+        return not layer.depthwise and packed is not None and packed['mode'] == DIRECT
+    return layer.op in ('add', 'mul', 'act', 'output')
+
+
+def _in_place(layer: Layer, packed: Dict[Layer, Any]) -> List[Value]:
+    """The maps that a layer reads or writes at the very rows of its output."""
+    values = layer.outs + ([layer.res] if layer.res is not None else [])
+    if layer.ins and _reads_in_place(layer, packed.get(layer)):
+        values = values + layer.ins
+    return [v for v in values if v.buffer is not None and v.buffer.rows < v.buffer.h]
+
+
+class _Segment:
+    """Layers that are worked through together for some of the pictures, by bands of rows if ``bands`` is over 1.
+
+    Where ``apart``, every thread has pictures of its own; else the threads share each layer.
+    """
+
+    def __init__(self, layers: List[int], pictures: int, bands: int, apart: bool) -> None:
+        self.layers, self.pictures, self.bands, self.apart = layers, pictures, bands, apart
+        self.steps: List[Tuple[int, int, int]] = []  # layer and rows, where there are bands
+
+
+def _weight_bytes(layer: Layer, packed: Dict[Layer, Any]) -> int:
+    p = packed.get(layer)
+    return 0 if p is None or layer.depthwise else _weight_bytes_of(p)
+
+
+def _weight_bytes_of(packed: Dict[str, Any]) -> int:
+    return len(packed['blocks']) * packed['ksteps'] * 2048
+
+
+def _segments(layout: Layout, pictures: int, team: int, packed: Dict[Layer, Any]) -> List[_Segment]:
+    """Cut the network into runs of layers whose weights and bands of maps stay in the second-level cache."""
+    n = len(layout.layers)
+    if pictures < team:
+        return [_Segment([i], pictures, 1, team == 1) for i in range(n)]
+    share = -(-pictures // team)
+    runs: List[List[int]] = []
+    weights = 0
+    for i, layer in enumerate(layout.layers):
+        own = _weight_bytes(layer, packed)
+        if not runs or weights + own > SEGMENT_WEIGHTS or layout.layers[i - 1].op == 'mean':
+            runs.append([])
+            weights = 0
+        runs[-1].append(i)
+        weights += own
+    segments = []
+    for run in runs:
+        layers = [layout.layers[i] for i in run]
+        if team > 1 and len(run) == 1 and _weight_bytes(layers[0], packed) > TOGETHER_WEIGHTS:
+            segments.append(_Segment(run, pictures, 1, False))
+            continue
+        one = sum({id(v.buffer): v.buffer.bytes(1) for x in layers for v in x.reads + x.outs if v.buffer}.values())
+        together = share
+        while len(run) > 1 and together > 1 and one * together > BAND_BYTES:
+            together = (together + 1) // 2
+        bands = 1
+        height = min((x.outs or x.ins)[0].h for x in layers)
+        if together == 1 and len(run) > 1 and not any(x.op == 'mean' for x in layers):
+            bands = max(1, min(-(-one // BAND_BYTES), height // 2))
+        segments.append(_Segment(run, together, bands, True))
+    return segments
+
+
+def _allocate(layout: Layout, pictures: int, segments: List[_Segment], team: int) -> int:
+    """Give each buffer an address, such that those alive together do not overlap; returns the bytes in all."""
+    for b in layout.buffers:
+        b.first, b.last, b.rows = 1 << 60, -1, b.h
+    for i, segment in enumerate(segments):
+        for k in segment.layers:
+            for v in layout.layers[k].reads + layout.layers[k].outs:
+                assert v.buffer is not None
+                v.buffer.first, v.buffer.last = min(v.buffer.first, i), max(v.buffer.last, i)
+        if segment.bands > 1:
+            segment.steps = _band_steps(layout, segment)
+    for i, segment in enumerate(segments):
+        if segment.bands > 1:
+            _roll(layout, segment, i)
+    # Threads that work apart do not wait for one another: what only they use, each has in memory of its own.
+    epochs: List[int] = []
+    for i, segment in enumerate(segments):
+        epochs.append(epochs[-1] + (not (segment.apart and segments[i - 1].apart)) if i else 0)
+    shared, own = [], []
+    share = -(-pictures // team)
+    for b in layout.buffers:
+        b.own = 0
+        if segments[b.first].apart and epochs[b.first] == epochs[b.last] and not b.alone:
+            b.own, b.local = 1, b.first == b.last
+            own.append((b, b.first, b.last, b.bytes(segments[b.first].pictures if b.local else share)))
+        else:
+            shared.append((b, epochs[b.first], epochs[b.last], b.bytes(pictures)))
+    # A tile reads 16 pixels whether they are there or not.
+    slack = 32 * max(b.stride for b in layout.buffers) + 4096
+    total = _pack_buffers(shared)
+    size = _pack_buffers(own) + slack
+    for b, *_ in own:
+        b.address += total
+        b.own = size
+    return total + size * team + slack
+
+
+def _pack_buffers(wanted: List[Tuple[Buffer, int, int, int]]) -> int:
+    """Addresses for buffers of a first and a last use and a size; returns the bytes in all."""
+    placed: List[Tuple[int, int, Buffer, int, int]] = []
+    total = 0
+    for b, first, last, size in sorted(wanted, key=lambda w: (not w[0].alone, -w[3])):
+        size = (size + 64 + 4095) // 4096 * 4096
+        at = 0
+        for start, end, other, begin, stop in sorted(placed, key=lambda p: p[0]):
+            if b.alone or other.alone or (begin <= last and first <= stop):
+                if at + size <= start:
+                    break
+                at = max(at, end)
+        b.address = at
+        placed.append((at, at + size, b, first, last))
+        total = max(total, at + size)
+    return total
+
+
+def _rows_read(layer: Layer, rows: int) -> int:
+    """How many rows of its input a layer must have for the first ``rows`` of its output."""
+    height = layer.ins[0].h
+    if layer.op in ('conv', 'pool'):
+        reach = (rows - 1) * layer['stride'] - layer['pad'][0] + (layer['kernel'][0] - 1) * layer.fields.get('dilation', 1)
+        return max(0, min(height, reach + 1))
+    if layer.op == 'upsample':
+        return min(height, (rows - 1) * height // layer.outs[0].h + 1) if rows else 0
+    return height if layer.op == 'mean' else rows
+
+
+def _band_steps(layout: Layout, segment: _Segment) -> List[Tuple[int, int, int]]:
+    steps = []
+    done = {i: 0 for i in segment.layers}
+    for band in range(1, segment.bands + 1):
+        for i, need in _needed(layout, segment, band).items():
+            if need > done[i]:
+                steps.append((i, done[i], need))
+                done[i] = need
+    return steps
+
+
+def _roll(layout: Layout, segment: _Segment, number: int) -> None:
+    """Leave each buffer that only this segment sees as many rows as are needed at once."""
+    written: Dict[Buffer, int] = {}
+    highest: List[Tuple[Buffer, int, int]] = []  # after which step how many rows are written
+    reads: Dict[Buffer, List[Tuple[int, int]]] = {}  # at which step from which row on
+    for t, (i, y0, y1) in enumerate(segment.steps):
+        layer = layout.layers[i]
+        for v in layer.reads:
+            first = y0
+            if layer.op in ('conv', 'pool') and v is layer.ins[0]:
+                first = max(0, y0 * layer['stride'] - layer['pad'][0])
+            elif layer.op == 'upsample':
+                first = y0 * v.h // layer.outs[0].h
+            assert v.buffer is not None
+            reads.setdefault(v.buffer, []).append((t, first))
+        for v in layer.outs:
+            assert v.buffer is not None
+            written[v.buffer] = max(written.get(v.buffer, 0), y1)
+            highest.append((v.buffer, t, written[v.buffer]))
+    rows: Dict[Buffer, int] = {}
+    for b, t, high in highest:
+        low = min((first for s, first in reads.get(b, []) if s >= t), default=high)
+        rows[b] = max(rows.get(b, 1), high - low)
+    for b, n in rows.items():
+        if b.first == b.last == number and not b.alone:
+            b.rows = min(b.h, n)
+
+
+def _schedule(
+        layout: Layout,
+        segments: List[_Segment],
+        pictures: int,
+        team: int,
+        packed: Dict[Layer, Any],
+) -> Iterator[Tuple[int, ...]]:
+    """All steps in order.
+
+    Each is a layer (-1: wait for one another), pictures, rows, blocks of output channels, thread, and
+    whether the thread has these pictures for itself.
+    """
+    before = True  # whether the segment before was one for each thread apart
+    for segment in segments:
+        if not (before and segment.apart):
+            yield (-1,) * 9
+        before = segment.apart
+        for rank in range(team):
+            if segment.apart:
+                edge = pictures * (rank + 1) // team
+                for start in range(pictures * rank // team, edge, segment.pictures):
+                    stop = min(edge, start + segment.pictures)
+                    for i in segment.layers if segment.bands == 1 else ():
+                        layer = layout.layers[i]
+                        yield i, start, stop, 0, (layer.outs or layer.ins)[0].h, 0, _blocks(layer, packed), rank, True
+                    for i, y0, y1 in segment.steps:
+                        layer = layout.layers[i]
+                        cuts = {y0, y1}
+                        for v in _in_place(layer, packed):
+                            assert v.buffer is not None
+                            cuts.update(range(-(-y0 // v.buffer.rows) * v.buffer.rows, y1, v.buffer.rows))
+                        edges = sorted(cuts)
+                        for a, b in zip(edges, edges[1:]):
+                            yield i, start, stop, a, b, 0, _blocks(layer, packed), rank, True
+                continue
+            i, = segment.layers
+            layer = layout.layers[i]
+            height, blocks = (layer.outs or layer.ins)[0].h, _blocks(layer, packed)
+            rows, part = (0, height), (0, blocks)
+            if height >= team and not (blocks >= 2 * team and height < 16):
+                rows = height * rank // team, height * (rank + 1) // team
+            elif blocks >= team:
+                part = blocks * rank // team, blocks * (rank + 1) // team
+            elif rank:
+                continue
+            if rows[0] < rows[1]:
+                yield (i, 0, pictures, *rows, *part, rank, False)
+
+
+def _blocks(layer: Layer, packed: Dict[Layer, Any]) -> int:
+    return len(packed[layer]['blocks']) if layer.op == 'conv' and not layer.depthwise else 0
+
+
+def _needed(layout: Layout, segment: _Segment, band: int) -> Dict[int, int]:
+    """The rows of each layer that must be done after a band, so that the segment's results have their part."""
+    need: Dict[int, int] = {}
+    inside = {layout.layers[i]: i for i in segment.layers}
+    for i in reversed(segment.layers):
+        layer = layout.layers[i]
+        height = (layer.outs or layer.ins)[0].h
+        rows = 0
+        outside = not layer.outs
+        for v in layer.outs:
+            for user in layout.readers(v):
+                if user not in inside:
+                    outside = True
+                    continue
+                same = (user.res is not None and user.res.buffer is v.buffer) or v is not user.ins[0]
+                rows = max(rows, need[inside[user]] if same else 0,
+                           _rows_read(user, need[inside[user]]) if any(_overlap(v, x) for x in user.ins) else 0)
+            outside = outside or not layout.readers(v)
+        if outside or band == segment.bands:
+            rows = max(rows, -(-height * band // segment.bands))
+        need[i] = min(height, rows)
+    return {i: need[i] for i in segment.layers}
+
+
+def _overlap(a: Value, b: Value) -> bool:
+    return a.buffer is b.buffer and a.offset < b.offset + b.c and b.offset < a.offset + a.c

@@ -1,0 +1,380 @@
+"""From a plan to work: operations fused, maps laid out in memory, weights packed.
+
+An operation of a plan becomes a :class:`Layer` unless it is no work at all. Activations and sums go into the
+convolution before them, convolutions that read the same map become one, and what a concatenation joins is written where
+the concatenation will be read.
+"""
+import struct
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+
+from .plan import ACTIVATIONS, Plan
+
+__all__ = ['Layer', 'Layout', 'Value', 'arrange']
+
+DIRECT, BAND, PATCH = range(3)
+
+
+class Value:
+    """A map, and the range of a buffer's channels where it lies."""
+
+    def __init__(self, shape: Tuple[int, int, int]) -> None:
+        self.c, self.h, self.w = shape
+        self.buffer: Optional[Buffer] = None
+        self.offset = 0
+        self.layer: Optional[Layer] = None  # what writes it
+        self.users: List[Layer] = []
+        self.is_output = False
+        self.base: Optional[Value] = None  # of a slice
+        self.start = 0
+
+
+class Buffer:
+    """Memory of one or several maps side by side in channels; ``stride`` bytes from pixel to pixel."""
+
+    def __init__(self, c: int, h: int, w: int) -> None:
+        self.c, self.h, self.w, self.rows = c, h, w, h
+        self.stride = 2 * (c if c < 16 else (c + 31) // 32 * 32)
+        self.first, self.last = 1 << 60, -1
+        self.address = 0
+        self.alone = False
+        self.own = 0  # bytes of each thread's own memory, if it lies there
+        self.local = False  # whether a single segment uses it
+
+    def bytes(self, pictures: int) -> int:
+        return pictures * self.rows * self.w * self.stride
+
+
+class Layer:
+    """One piece of work: reads ``ins``, writes ``outs``."""
+
+    def __init__(self, op: str, ins: List[Value], outs: List[Value], fields: Optional[Dict[str, Any]] = None) -> None:
+        self.op, self.ins, self.outs, self.fields = op, ins, outs, dict(fields or {})
+        self.act, self.slope, self.res, self.res_mode = 'none', 0., None, 0  # type: str, float, Optional[Value], int
+        self.weights: List[torch.Tensor] = []  # of each output of a convolution
+        self.biases: List[torch.Tensor] = []
+        self.depthwise = False
+        self.is_f32 = False
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+    @property
+    def reads(self) -> List[Value]:
+        return self.ins + ([self.res] if self.res is not None else [])
+
+
+class Layout:
+    """The layers in order, and where everything lies for a number of pictures."""
+
+    def __init__(self, layers: List[Layer], values: List[Value], buffers: List[Buffer]) -> None:
+        self.layers, self.values, self.buffers = layers, values, buffers
+        self._readers: Dict[Value, List[Layer]] = {}
+        for layer in layers:
+            for v in layer.outs:
+                self._readers[v] = [other for other in layers if any(
+                    v.buffer is r.buffer and v.offset < r.offset + r.c and r.offset < v.offset + v.c
+                    for r in other.reads)]
+
+    def readers(self, value: Value) -> List[Layer]:
+        """The layers that read a part of a map, be it through a concatenation or a slice."""
+        return self._readers[value]
+
+
+def arrange(plan: Plan, height: int, width: int) -> Layout:
+    """Fuse a plan's operations and give every map its place.
+
+    Args:
+        plan: The plan.
+        height: Height of the pictures.
+        width: Width of the pictures.
+
+    Returns:
+        The layers and buffers.
+    """
+    shapes = plan.shapes(height, width)
+    values = [Value(s) for s in shapes]
+    layers = [Layer('input', [], [values[0]])]
+    for i, op in enumerate(plan.operations):
+        kind, out = op['op'], values[i + 1]
+        fields = {k: field for k, field in op.items() if k not in ('op', 'x', 'y', 'xs')}
+        ins = [values[v] for v in (op['xs'] if kind == 'cat' else [op[k] for k in ('x', 'y') if k in op])]
+        if kind == 'slice':
+            base = ins[0]
+            out.base, out.start = base, op['start']
+            while out.base.base is not None:
+                out.start += out.base.start
+                out.base = out.base.base
+        if kind == 'zeros':
+            ins = []
+        layer = Layer(kind, ins, [out], fields)
+        if kind == 'conv':
+            weight = plan.tensors[f'{i}.weight'].float()
+            layer.depthwise = weight.shape[1] == 1 and op['groups'] == weight.shape[0] > 1
+            layer.fields['kernel'] = tuple(weight.shape[2:])
+            if not layer.depthwise:
+                weight, layer.fields['groups'] = _regroup(weight, op['groups'])
+            layer.weights, layer.biases = [weight], [plan.tensors[f'{i}.bias']]
+        layers.append(layer)
+    outputs = []
+    for index, (v, vector) in enumerate(plan.outputs):
+        values[v].is_output = True
+        outputs.append(Layer('output', [values[v]], [], {'index': index, 'vector': vector}))
+    layers = _split_by_slices(layers)
+    layers = _fuse(layers + outputs)
+    layers = _merge_parallel(layers)
+    for layer in layers:  # the classifier's numbers stay float32
+        if layer.op == 'output' and layer.ins[0].layer is not None:
+            source = layer.ins[0].layer
+            if (source.op == 'conv' and not source.depthwise and len(source.outs) == 1 and source.res is None
+                    and len(source.outs[0].users) == 1 and source.outs[0].h * source.outs[0].w == 1):
+                source.is_f32 = layer.is_f32 = True
+    layers = _place(layers)
+    buffers: List[Buffer] = []
+    for layer in layers:
+        for v in layer.reads + layer.outs:
+            if v.buffer is not None and v.buffer not in buffers:
+                buffers.append(v.buffer)
+    return Layout(layers, values, buffers)
+
+
+def _regroup(weight: torch.Tensor, groups: int) -> Tuple[torch.Tensor, int]:
+    """Grouped kernels as block-diagonal ones of groups that are multiples of 32 wide, or one group."""
+    if groups == 1:
+        return weight, 1
+    out, inner = weight.shape[0] // groups, weight.shape[1]
+    if out % 32 == 0 and inner % 32 == 0:
+        return weight, groups
+    join = next((j for j in range(1, groups + 1)
+                 if groups % j == 0 and (out * j) % 32 == 0 and (inner * j) % 32 == 0), groups)
+    new = weight.new_zeros(weight.shape[0], inner * join, *weight.shape[2:])
+    for g in range(groups):
+        at = g % join * inner
+        new[g * out:(g + 1) * out, at:at + inner] = weight[g * out:(g + 1) * out]
+    return new, groups // join
+
+
+def _link(layers: List[Layer]) -> None:
+    for layer in layers:
+        for v in layer.reads + layer.outs:
+            v.users = []
+    for layer in layers:
+        for v in layer.outs:
+            v.layer = layer
+        for v in layer.reads:
+            v.users.append(layer)
+
+
+def _split_by_slices(layers: List[Layer]) -> List[Layer]:
+    """A convolution of which only ranges are used becomes one per range."""
+    _link(layers)
+    result: List[Layer] = []
+    dropped = set()
+    for layer in layers:
+        if layer in dropped:
+            continue
+        act = None
+        if layer.op == 'conv' and not layer.depthwise and layer['groups'] == 1:
+            out = layer.outs[0]
+            if len(out.users) == 1 and out.users[0].op == 'act' and not out.is_output:
+                act, out = out.users[0], out.users[0].outs[0]
+            slices = [u for u in out.users if u.op == 'slice']
+            spans = sorted((s['start'], s['stop']) for s in slices)
+            apart = all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+            if slices and len(slices) == len(out.users) and apart and not out.is_output:
+                for s in slices:
+                    target = s.outs[0]
+                    target.base, target.start = None, 0
+                    part = Layer('conv', layer.ins, [target], layer.fields)
+                    part.weights = [layer.weights[0][s['start']:s['stop']]]
+                    part.biases = [layer.biases[0][s['start']:s['stop']]]
+                    if act is not None:
+                        part.act, part.slope = act['kind'], act['slope']
+                    result.append(part)
+                    dropped.add(s)
+                if act is not None:
+                    dropped.add(act)
+                continue
+        result.append(layer)
+    return result
+
+
+def _fuse(layers: List[Layer]) -> List[Layer]:
+    """Activations and sums become part of the convolution, or of the sum, before them."""
+    _link(layers)
+    order = {layer: i for i, layer in enumerate(layers)}
+    for i, layer in enumerate(layers):
+        if layer.op == 'act':
+            v = layer.ins[0]
+            source = v.layer
+            if (source is not None and source.op in ('conv', 'add', 'mul') and len(source.outs) == 1
+                    and len(v.users) == 1 and not v.is_output and source.act == 'none' and source.res_mode != 2):
+                source.act, source.slope = layer['kind'], layer['slope']
+                source.outs = layer.outs
+                layer.outs[0].layer = source
+                layer.op = 'gone'
+        elif layer.op == 'add' and layer.ins[0] is not layer.ins[1]:
+            best = None
+            for k in (0, 1):
+                v = layer.ins[k]
+                s = v.layer
+                if (s is not None and s.op == 'conv' and v.base is None and len(v.users) == 1 and not v.is_output
+                        and s.res is None and len(s.outs) == 1 and (best is None or order[s] > order[best[0]])):
+                    best = s, layer.ins[1 - k]
+            if best is not None:
+                s, other = best
+                s.res, s.res_mode = other, 1 if s.act == 'none' else 2
+                s.outs = layer.outs
+                layer.outs[0].layer = s
+                layer.op = 'gone'
+                layers[order[s]] = Layer('gone', [], [])
+                layers[i] = s
+                order[s] = i
+                other.users = [s if u is layer else u for u in other.users]
+    layers = [layer for layer in layers if layer.op != 'gone']
+    _link(layers)
+    return layers
+
+
+def _merge_parallel(layers: List[Layer]) -> List[Layer]:
+    """Convolutions of the same map and form become one that writes to several places."""
+    found: Dict[Any, Layer] = {}
+    result = []
+    for layer in layers:
+        if layer.op == 'conv' and not layer.depthwise and layer['groups'] == 1 and layer.res is None:
+            key = (id(layer.ins[0]), layer['kernel'], layer['stride'], tuple(layer['pad']), layer['dilation'], layer.act, layer.slope)
+            if key in found:
+                first = found[key]
+                first.outs = first.outs + layer.outs
+                first.weights = first.weights + layer.weights
+                first.biases = first.biases + layer.biases
+                continue
+            found[key] = layer
+        result.append(layer)
+    _link(result)
+    return result
+
+
+def _place(layers: List[Layer]) -> List[Layer]:
+    """Give every value a buffer, so that what a concatenation joins lies side by side."""
+    copies: Dict[Layer, List[Layer]] = {}
+    for layer in reversed([x for x in layers if x.op == 'cat']):
+        out = layer.outs[0]
+        if out.buffer is None and _side_by_side(layer.ins):
+            out.buffer, out.offset = layer.ins[0].buffer, layer.ins[0].offset
+            continue
+        if out.buffer is None:
+            out.buffer = Buffer(out.c, out.h, out.w)
+        at = out.offset
+        for k, v in enumerate(layer.ins):
+            root = v.base if v.base is not None else v
+            start = at - v.start if v.base is not None else at
+            if not (v.buffer is out.buffer and v.offset == at):
+                if (root.buffer is None and root.layer is not None and root.layer.op != 'input'
+                        and _covers(layer.ins, k, root, v.start if v.base is not None else 0)):
+                    root.buffer, root.offset = out.buffer, start
+                elif not (v.base is not None and root.buffer is out.buffer and root.offset + v.start == at):
+                    copy = Value((v.c, v.h, v.w))
+                    copy.buffer, copy.offset = out.buffer, at
+                    copies.setdefault(layer, []).append(Layer(
+                        'pool', [v], [copy], {'kind': 'max', 'kernel': [1, 1], 'stride': 1, 'pad': [0, 0]}))
+            at += v.c
+    result = []
+    for layer in layers:
+        result.extend(copies.get(layer, []))
+        if layer.op not in ('cat', 'slice'):
+            result.append(layer)
+        for v in layer.outs:
+            if v.base is not None:
+                v.buffer, v.offset = v.base.buffer, v.base.offset + v.start
+            elif v.buffer is None:
+                v.buffer = Buffer(v.c, v.h, v.w)
+                if layer.is_f32:
+                    v.buffer.stride, v.buffer.alone = (v.c + 31) // 32 * 32 * 4, True
+    _link(result)
+    return result
+
+
+def _side_by_side(ins: List[Value]) -> bool:
+    at, buffer = ins[0].offset, ins[0].buffer
+    for v in ins:
+        if v.buffer is None or v.buffer is not buffer or v.offset != at:
+            return False
+        at += v.c
+    return True
+
+
+def _covers(ins: List[Value], k: int, root: Value, start: int) -> bool:
+    """Whether the whole of ``root`` has its place in the concatenation if its part ``start`` is input ``k``."""
+    if root.c == ins[k].c:
+        return True
+    at = -sum(v.c for v in ins[:k])  # of the concatenation's beginning, seen from the part
+    for v in ins:
+        if v.base is root and at == v.start - start:
+            pass
+        elif at + v.c > -start and at < root.c - start:  # something else lies where the root would
+            return False
+        at += v.c
+    low, high = -sum(v.c for v in ins[:k]), sum(v.c for v in ins[k:])
+    return low <= -start and root.c - start <= high
+
+
+def pack_weights(layer: Layer) -> Dict[str, Any]:
+    """Blocks of 32 output channels in the order the tiles want, and what the engine must know of them.
+
+    Returns:
+        ``mode``, ``tap_c``, ``ksteps``, ``koff`` builder inputs, ``weights`` and ``bias`` tensors, and per block the
+        output it belongs to, the first channel in that output, how many, and the input channels' byte offset.
+    """
+    x = layer.ins[0]
+    kh, kw = layer['kernel']
+    groups, stride = layer['groups'], layer['stride']
+    point = kh == kw == 1
+    # What lies behind a number of channels that is no multiple of 32 is multiplied by zero, and must be a number.
+    clean = x.c % 32 == 0 or (x.buffer is not None and x.buffer.c == x.c and x.layer is not None
+                              and x.layer.op == 'conv' and not x.layer.depthwise)
+    if point and stride == 1 and tuple(layer['pad']) == (0, 0) and clean:
+        mode = DIRECT
+    elif groups == 1 and x.c % 32 and (x.c <= 48 or point):
+        mode = PATCH
+    elif not point:
+        mode = BAND
+    else:
+        mode = PATCH
+    per_group = x.c // groups
+    tight = mode == PATCH and groups == 1 and x.c % 32 != 0
+    tap_c = x.c if tight else (x.c + 31) // 32 * 32
+    panels, biases, blocks = [], [], []
+    for index, (weight, bias) in enumerate(zip(layer.weights, layer.biases)):
+        out_c = weight.shape[0]
+        out_per_group = out_c // groups
+        for g in range(groups):
+            for first in range(g * out_per_group, (g + 1) * out_per_group, 32):
+                count = min(32, (g + 1) * out_per_group - first)
+                w = weight[first:first + count]
+                w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, 0, 0, 32 - count))
+                if tight:
+                    flat = w.permute(0, 2, 3, 1).reshape(32, -1)
+                else:
+                    wide = (per_group + 31) // 32 * 32
+                    w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, wide - per_group))
+                    # K runs over blocks of 32 channels, within them over the taps.
+                    flat = w.reshape(32, wide // 32, 32, kh * kw).permute(0, 1, 3, 2).reshape(32, -1)
+                ksteps = (flat.shape[1] + 31) // 32
+                flat = torch.nn.functional.pad(flat, (0, ksteps * 32 - flat.shape[1]))
+                panels.append(flat.reshape(2, 16, ksteps, 16, 2).permute(2, 0, 3, 1, 4).contiguous())
+                biases.append(torch.nn.functional.pad(bias[first:first + count], (0, 32 - count)))
+                blocks.append((index, first, count, g * per_group * 2))
+    koff: List[int] = []  # of a band it depends on the number of rows
+    if tight or mode == DIRECT:
+        koff = [k * 64 for k in range(ksteps)]
+    elif mode == PATCH:
+        koff = [tap * tap_c * 2 + cb * 64 for cb in range((per_group + 31) // 32) for tap in range(kh * kw)]
+    return dict(mode=mode, tap_c=tap_c, ksteps=ksteps, koff=koff, channel_blocks=(per_group + 31) // 32, blocks=blocks,
+                weights=torch.stack(panels).to(torch.bfloat16).contiguous(), bias=torch.cat(biases).contiguous())
+
+
+def act_fields(layer: Layer) -> Tuple[int, int]:
+    """Number and parameter of a layer's activation, as the engine reads them."""
+    return ACTIVATIONS.index(layer.act), struct.unpack('<i', struct.pack('<f', layer.slope))[0]
