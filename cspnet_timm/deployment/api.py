@@ -170,7 +170,7 @@ class Deployed:
             path: The file.
             threads: Threads that compute, by default as many as it was deployed for, but no more than there are.
             allow_code: Also load a file that holds machine code or a program of PyTorch's, which runs as you. Only for
-                files that you made yourself; those of OpenVINO and ONNX Runtime hold none.
+                files that you made yourself; those of the other backends hold none.
 
         Returns:
             The network; its ``report`` tells of the machine that it was measured on.
@@ -464,7 +464,7 @@ class _Deploy:
             example_input: Pictures ``(B, C, H, W)`` in float32, of the batch and size that it shall be fast at.
             precision: ``'float32'``, ``'bfloat16'``, ``'float16'``, ``'int8'``, or ``'auto'`` for the narrowest
                 floating point that the hardware has, and int8 too if there is ``calibration``.
-            backend: ``'openvino'``, ``'onnxruntime'``, ``'inductor'``, ``'eager'``, several of them, or ``'auto'`` for
+            backend: ``'native'``, ``'openvino'``, ``'onnxruntime'``, ``'inductor'``, ``'eager'``, several of them, or ``'auto'`` for
                 all that are installed.
             calibration: Batches of pictures, normalised as the model's input, that int8 takes its scales from.
             threads: Threads that compute, ``torch.get_num_threads()`` by default.

@@ -1,4 +1,4 @@
-"""What runs a network: PyTorch itself, its compiler, OpenVINO, ONNX Runtime.
+"""What runs a network: PyTorch itself, its compiler, OpenVINO, ONNX Runtime, and the engine of this package.
 
 A backend is made from a model, which it converts into a form of its own that needs no Python class any more and can be
 written to a file. From that it makes runners, for an arrangement of streams and chunks: many maps stay in the cache
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
+import safetensors.torch
 import torch
 import torch.nn as nn
 
+from . import native
 from .machine import cpp_compiler, native_precisions
 
 __all__ = ['BACKENDS', 'Arrangement', 'Backend', 'Runner']
@@ -518,4 +520,55 @@ class OnnxRuntime(Backend):
         return cls(parts['model.onnx'])
 
 
-BACKENDS: Dict[str, Type[Backend]] = {b.name: b for b in (OpenVino, OnnxRuntime, Inductor, Eager)}
+class Native(Backend):
+    """This package's own engine for processors with matrix units: a cross stage without a copy, and cheap activations."""
+
+    name = 'native'
+    searches = False  # it has its own forms of a network, and its own arrangement of a batch
+
+    def __init__(self, plan: native.Plan) -> None:
+        """
+        Args:
+            plan: The network as a list of layers.
+        """
+        self.plan = plan
+
+    @classmethod
+    def unavailable(cls, device: torch.device) -> Optional[str]:
+        """It computes on a CPU with AMX, and is compiled when it is first used."""
+        if device.type != 'cpu':
+            return f'it computes on the CPU, and the model is on {device}'
+        return native.unavailable()
+
+    @classmethod
+    def precisions(cls, device: torch.device) -> Tuple[str, ...]:
+        """bfloat16."""
+        return ('bfloat16',)
+
+    @classmethod
+    def convert(cls, model: nn.Module, example: torch.Tensor, precision: str) -> 'Native':
+        """Read the network's layers."""
+        return cls(native.lower(model, example))
+
+    def arrangements(self, batch: int, threads: int) -> List[Arrangement]:
+        """The engine's own: a thread takes pictures, or all take a part of one."""
+        streams = min(batch, threads)
+        return [Arrangement(streams, -(-batch // streams))]
+
+    def runner(self, arrangement: Arrangement, threads: int) -> Runner:
+        """The engine."""
+        return native.NativeEngine(self.plan, threads)
+
+    def parts(self) -> Dict[str, bytes]:
+        """The layers, and their weights."""
+        description, tensors = self.plan.to_bytes()
+        return {'plan.json': description.encode(), 'weights.safetensors': safetensors.torch.save(tensors)}
+
+    @classmethod
+    def from_parts(cls, parts: Dict[str, bytes], precision: str, shape: Sequence[int]) -> 'Native':
+        """Read the layers, and check them."""
+        tensors = safetensors.torch.load(parts['weights.safetensors'])
+        return cls(native.Plan.from_bytes(parts['plan.json'].decode(), tensors))
+
+
+BACKENDS: Dict[str, Type[Backend]] = {b.name: b for b in (Native, OpenVino, OnnxRuntime, Inductor, Eager)}
