@@ -18,10 +18,10 @@ FIELDS = (
     'kind', 'in_off', 'in_ps', 'in_h', 'in_w', 'in_c', 'out_h', 'out_w', 'kh', 'kw', 'stride', 'pad_h', 'pad_w', 'dil',
     'act', 'act_param', 'res_mode', 'nblocks', 'table', 'weights', 'bias', 'mode', 'tap_c', 'ksteps', 'flavour',
     'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'rows_at_once', 'koff',
-    'planes', 'plane', 'width', 'in_mod')
+    'planes', 'plane', 'width', 'band_ps', 'in_mod')
 CHUNK = 4  # pictures that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
-LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 1200 << 10  # the same, for weights above this size
+LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 700 << 10  # the same, for weights above this size
 SEGMENT_WEIGHTS = 600 << 10  # of layers that are worked through together
 TOGETHER_WEIGHTS = 1500 << 10  # of a layer above which the threads share it, each with some of the output channels
 BAND_BYTES = 800 << 10  # of all maps of such layers, for the rows that are worked on
@@ -247,8 +247,10 @@ class _Program:
             planes = s if flat else 1
             if not flat:
                 span = (width - 1) * s + (r['kw'] - 1) * d + 1
+            patch = (r['kh'] * r['kw'] * tap_c * 2 + 63) // 64 * 64
             px = tap_c * 2
-            patch = (r['kh'] * r['kw'] * px + 63) // 64 * 64
+            if mode == BAND and px % 256 == 0:
+                px += 64  # or the pixels of a tile would share a few sets of the first-level cache
             per_row = {DIRECT: width * r['in_ps'], PATCH: width * patch, BAND: span * px * s * planes}[mode]
             everything = self.pictures * r['out_h']
             # Weights that the second-level cache cannot hold are fetched for as many positions as it can hold.
@@ -265,7 +267,7 @@ class _Program:
             self.keep += tables
             r.update(nblocks=len(packed['blocks']), table=ctypes.addressof(tables[0]), koff=ctypes.addressof(tables[1]),
                      mode=mode, tap_c=tap_c, ksteps=packed['ksteps'], flat=flat, rows_at_once=rows,
-                     planes=planes, plane=plane, width=span)
+                     planes=planes, plane=plane, width=span, band_ps=px)
             self.tiles = max(self.tiles, rows * ((span + 15) // 16 + 1) + 2 * self.pictures + 2)
             slack = 32 * max(px * s, patch) + 4096
             if mode == PATCH:
