@@ -35,6 +35,7 @@ struct Layer {
     i64 res_mode, nblocks, table, weights, bias, mode, tap_c, ksteps, flavour, in2_off, in2_ps, in2_small;
     i64 out_off, out_ps, out_c, index, is_f32, flat, rows_at_once, koff;
     i64 planes, plane, width, band_ps;  // of a band: planes each way, their rows and columns, bytes of a pixel
+    i64 by_position;  // order of work: positions outside, output channels inside
     i64 in_mod;  // rows that the input has room for; row y lies at y % in_mod
 };
 // What a block of 32 output channels of a convolution reads and writes.
@@ -184,13 +185,17 @@ static void multiply(const Layer& l, const i64* koff, const Block* blocks, char*
     const int rows = ksteps >= 32 ? 1 : (int)((32 + ksteps - 1) / ksteps);  // of the epilogue per step of the product
     Pending pending = {nullptr, nullptr, nullptr};
     int turn = 0;
-    for (i64 n = n0; n < n1; n++) {
-        const char* panel = (const char*)l.weights + n * ksteps * 2048;
-        const float* bias = (const float*)l.bias + n * 32;
-        const i64 a_off = blocks[n].a_off;
-        for (size_t t = 0; t < ntiles; t += 2) {
-            const char* a0 = w.tile_a[t] + a_off;
-            const char* a1 = w.tile_a[t + 1] + a_off;
+    // With the positions outside, their pixels stay in the first-level cache and the weights stream through it.
+    const i64 pairs = (i64)ntiles / 2, count = n1 - n0;
+    const i64 outer = l.by_position ? pairs : count, inner = l.by_position ? count : pairs;
+    for (i64 i = 0; i < outer; i++) {
+        for (i64 j = 0; j < inner; j++) {
+            const i64 n = n0 + (l.by_position ? j : i);
+            const size_t t = 2 * (l.by_position ? i : j);
+            const char* panel = (const char*)l.weights + n * ksteps * 2048;
+            const float* bias = (const float*)l.bias + n * 32;
+            const char* a0 = w.tile_a[t] + blocks[n].a_off;
+            const char* a1 = w.tile_a[t + 1] + blocks[n].a_off;
             const char* b = panel;
             _tile_loadd(0, bias, 0); _tile_loadd(1, bias + 16, 0);
             _tile_loadd(2, bias, 0); _tile_loadd(3, bias + 16, 0);
