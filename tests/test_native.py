@@ -186,8 +186,9 @@ def test_plans_that_lie_are_refused():
                     Plan.from_bytes(json.dumps(data), tensors)
             seen.add(field)
     assert seen == set(LIES)
-    for field, lie in (('input', [4, 18]), ('input', [5, 18, 34]), ('input', [4, 10 ** 9, 34]), 
-                       ('outputs', [[99, False]]), ('outputs', []), ('outputs', [[1, True]]), ('operations', 'x'), ('format', 2)):
+    for field, lie in (('input', [4, 18]), ('input', [5, 18, 34]), ('input', [4, 10 ** 9, 34]),
+                       ('outputs', [[99, False]]), ('outputs', []), ('outputs', [[1, True]]),
+                       ('operations', 'x'), ('format', 2)):
         with pytest.raises(ValueError, match='The plan'):
             Plan.from_bytes(json.dumps({**json.loads(text), field: lie}), tensors)
     with pytest.raises(ValueError, match='no JSON'):

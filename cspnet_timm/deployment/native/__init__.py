@@ -1,6 +1,7 @@
 """A native inference engine for CPUs with AMX: maps and weights in bfloat16, sums in float32.
 
-:func:`lower` reads a network into a :class:`Plan`, which is data and can be kept in a file; :class:`NativeEngine` runs it.
+:func:`lower` reads a network into a :class:`Plan`, which is data and can be kept in a file; :class:`NativeEngine` runs
+it.
 """
 from .build import unavailable
 from .engine import NativeEngine

@@ -15,8 +15,8 @@ from typing import List, Optional
 __all__ = ['cache_dir', 'library', 'unavailable']
 
 SOURCE = Path(__file__).with_name('engine.cpp')
-FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC', '-pthread', '-fno-math-errno', '-mavx512f', '-mavx512bw', '-mavx512dq',
-         '-mavx512vl', '-mavx512bf16', '-mfma', '-mamx-tile', '-mamx-bf16', '-mamx-int8']
+FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC', '-pthread', '-fno-math-errno', '-mavx512f', '-mavx512bw',
+         '-mavx512dq', '-mavx512vl', '-mavx512bf16', '-mfma', '-mamx-tile', '-mamx-bf16', '-mamx-int8']
 NEEDED = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_bf16', 'amx_tile', 'amx_bf16', 'amx_int8')
 
 
@@ -98,7 +98,8 @@ def library() -> ctypes.CDLL:
         raise RuntimeError('The native engine is compiled on the machine it runs on, and no C++ compiler was found '
                            '(g++, c++, clang++ or $CXX).')
     source = SOURCE.read_bytes()
-    key = hashlib.sha256(b'\0'.join([source, shlex.join([*compiler, *FLAGS]).encode(), _version(tuple(compiler))])).hexdigest()[:24]
+    made_of = [source, shlex.join([*compiler, *FLAGS]).encode(), _version(tuple(compiler))]
+    key = hashlib.sha256(b'\0'.join(made_of)).hexdigest()[:24]
     path = cache_dir() / f'engine-{key}.so'
     if not path.exists():
         try:

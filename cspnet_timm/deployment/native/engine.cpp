@@ -34,7 +34,8 @@ struct Layer {
     i64 kind, in_off, in_ps, in_h, in_w, in_c, out_h, out_w, kh, kw, stride, pad_h, pad_w, dil, act, act_param;
     i64 res_mode, nblocks, table, weights, bias, mode, tap_c, ksteps, flavour, in2_off, in2_ps, in2_small;
     i64 out_off, out_ps, out_c, index, is_f32, flat, rows_at_once, koff;
-    i64 planes, plane, width;  // of a band: planes each way, their rows and their columns
+    i64 planes, plane, width, band_ps;  // of a band: planes each way, their rows and columns, bytes of a pixel
+    i64 by_position;  // order of work: positions outside, output channels inside
     i64 in_mod;  // rows that the input has room for; row y lies at y % in_mod
 };
 // What a block of 32 output channels of a convolution reads and writes.
@@ -151,9 +152,7 @@ static inline void finish_rows(char* arena, const Pending& e, int r0, int r1, __
     const float* acc = e.acc + r0 * 32;
     const int32_t* at = e.pos + r0;
     const int32_t* const stop = e.pos + r1;
-    for (; at < stop; at++, acc += 32) {
-        const i64 pos = *at;
-        if (__builtin_expect(pos < 0, 0)) continue;
+    auto row = [&](i64 pos) __attribute__((always_inline)) {
         __m512 a = _mm512_load_ps(acc), b = _mm512_load_ps(acc + 16);
         __m512 ra, rb;
         if (RES) {
@@ -168,6 +167,12 @@ static inline void finish_rows(char* arena, const Pending& e, int r0, int r1, __
             _mm512_mask_storeu_ps(out, (__mmask16)mask, a);
             _mm512_mask_storeu_ps(out + 64, (__mmask16)(mask >> 16), b);
         } else _mm512_mask_storeu_epi16(out, mask, narrow2(a, b));
+    };
+    if (at[0] >= 0 && stop[-1] - at[0] == r1 - r0 - 1) {  // neighbours in memory, as nearly all are
+        const i64 first = at[0];
+        for (i64 i = 0; i < r1 - r0; i++, acc += 32) row(first + i);
+    } else {
+        for (; at < stop; at++, acc += 32) if (*at >= 0) row(*at);
     }
 }
 
@@ -180,13 +185,17 @@ static void multiply(const Layer& l, const i64* koff, const Block* blocks, char*
     const int rows = ksteps >= 32 ? 1 : (int)((32 + ksteps - 1) / ksteps);  // of the epilogue per step of the product
     Pending pending = {nullptr, nullptr, nullptr};
     int turn = 0;
-    for (i64 n = n0; n < n1; n++) {
-        const char* panel = (const char*)l.weights + n * ksteps * 2048;
-        const float* bias = (const float*)l.bias + n * 32;
-        const i64 a_off = blocks[n].a_off;
-        for (size_t t = 0; t < ntiles; t += 2) {
-            const char* a0 = w.tile_a[t] + a_off;
-            const char* a1 = w.tile_a[t + 1] + a_off;
+    // With the positions outside, their pixels stay in the first-level cache and the weights stream through it.
+    const i64 pairs = (i64)ntiles / 2, count = n1 - n0;
+    const i64 outer = l.by_position ? pairs : count, inner = l.by_position ? count : pairs;
+    for (i64 i = 0; i < outer; i++) {
+        for (i64 j = 0; j < inner; j++) {
+            const i64 n = n0 + (l.by_position ? j : i);
+            const size_t t = 2 * (l.by_position ? i : j);
+            const char* panel = (const char*)l.weights + n * ksteps * 2048;
+            const float* bias = (const float*)l.bias + n * 32;
+            const char* a0 = w.tile_a[t] + blocks[n].a_off;
+            const char* a1 = w.tile_a[t + 1] + blocks[n].a_off;
             const char* b = panel;
             _tile_loadd(0, bias, 0); _tile_loadd(1, bias + 16, 0);
             _tile_loadd(2, bias, 0); _tile_loadd(3, bias + 16, 0);
@@ -256,7 +265,7 @@ static inline void zero_bytes(char* to, i64 bytes) { memset(to, 0, bytes); }
 // the output are neighbours here: [row % planes][column % planes][row / planes][column / planes], with planes = stride
 // and room for l.plane rows. Returns the end.
 static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i64 y1) {
-    const i64 px = l.tap_c * 2, s = l.planes, width = l.width;
+    const i64 px = l.band_ps, s = l.planes, width = l.width;
     const i64 rows = (y1 - y0 - 1) * (l.stride / s) + (l.kh - 1) * l.dil / s + 1, top = y0 * l.stride - l.pad_h;
     const i64 bytes = l.in_c * 2;
     for (i64 py = 0; py < s; py++)
@@ -355,7 +364,7 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
     const Multiply multiply_ = pick(l.act, l.res_mode);
     const i64 rows_total = (s.b1 - s.b0) * (s.y1 - s.y0), height = s.y1 - s.y0;
     const i64 patch_bytes = (l.kh * l.kw * l.tap_c * 2 + 63) / 64 * 64;
-    const i64 width = l.width, px = l.tap_c * 2, step = l.mode == BAND ? l.stride / l.planes : 1;
+    const i64 width = l.width, px = l.band_ps, step = l.mode == BAND ? l.stride / l.planes : 1;
     const char* in = arena + l.in_off;
     const i64 picture = l.in_h * l.in_w * l.in_ps;
     for (i64 r = 0; r < rows_total;) {

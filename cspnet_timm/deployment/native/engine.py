@@ -1,5 +1,6 @@
 """Running a plan: memory, order of work, threads."""
 import ctypes
+import itertools
 import os
 import threading
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -18,10 +19,12 @@ FIELDS = (
     'kind', 'in_off', 'in_ps', 'in_h', 'in_w', 'in_c', 'out_h', 'out_w', 'kh', 'kw', 'stride', 'pad_h', 'pad_w', 'dil',
     'act', 'act_param', 'res_mode', 'nblocks', 'table', 'weights', 'bias', 'mode', 'tap_c', 'ksteps', 'flavour',
     'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'rows_at_once', 'koff',
-    'planes', 'plane', 'width', 'in_mod')
+    'planes', 'plane', 'width', 'band_ps', 'by_position',
+    'in_mod')
 CHUNK = 4  # pictures that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
-LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 1200 << 10  # the same, for weights above this size
+LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 700 << 10  # the same, for weights above this size
+STREAMED_WEIGHTS = 1200 << 10  # of a layer up to which they stream past each position
 SEGMENT_WEIGHTS = 600 << 10  # of layers that are worked through together
 TOGETHER_WEIGHTS = 1500 << 10  # of a layer above which the threads share it, each with some of the output channels
 BAND_BYTES = 800 << 10  # of all maps of such layers, for the rows that are worked on
@@ -71,7 +74,7 @@ class NativeEngine:
         self._lock = threading.Lock()
         self._team: Optional[int] = None
         self._sizes: Dict[Tuple[int, int], _Size] = {}
-        self._weights: Dict[Any, Tuple[Any, ...]] = {}
+        self._weights: Dict[Tuple[Any, ...], Dict[str, Any]] = {}
         self._size(*plan.input_shape[1:])
 
     def _size(self, height: int, width: int) -> '_Size':
@@ -122,9 +125,14 @@ class _Size:
         self.outputs = [(layer.ins[0].c, layer.ins[0].h, layer.ins[0].w, layer['vector'])
                         for layer in self.layout.layers if layer.op == 'output']
         self.packed = {}
-        for layer in self.layout.layers:
+        for i, layer in enumerate(self.layout.layers):
             if layer.op == 'conv':
-                self.packed[layer] = _pack(layer)
+                # The same at every size of picture, as the layers are; their shapes say so.
+                key = (i, layer['kernel'], *(tuple(w.shape) for w in layer.weights))
+                if key not in engine._weights:
+                    engine._weights[key] = _pack(layer)
+                self.packed[layer] = engine._weights[key]
+            layer.weights, layer.biases = [], []
 
     def program(self, pictures: int) -> '_Program':
         if pictures not in self.programs:
@@ -207,14 +215,16 @@ class _Program:
         if getattr(self, 'handle', None):
             self.lib.csp_program_free(self.handle)
 
-    def _record(self, layer: Layer, packed: Optional[Dict[str, Any]], start: int, row: int, rank: int) -> Dict[str, int]:
+    def _record(
+            self, layer: Layer, packed: Optional[Dict[str, Any]], start: int, row: int, rank: int) -> Dict[str, int]:
+        """A layer as the engine reads it, for pictures from ``start`` on, rows from ``row`` on, and a thread."""
         r: Dict[str, int] = {'kind': KINDS[layer.op], 'stride': 1, 'dil': 1, 'kh': 1, 'kw': 1, 'is_f32': layer.is_f32}
         own = self.pictures * rank // self.team  # the first picture of this thread
         if layer.ins:
             x = layer.ins[0]
             direct = _reads_in_place(layer, packed)
-            r.update(in_off=_at(x, start, row if direct else 0, rank, own), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w, in_c=x.c,
-                     in_mod=x.buffer.rows)
+            r.update(in_off=_at(x, start, row if direct else 0, rank, own), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w,
+                     in_c=x.c, in_mod=x.buffer.rows)
         if layer.outs:
             y = layer.outs[0]
             r.update(out_off=_at(y, start, row, rank, own), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c)
@@ -236,9 +246,10 @@ class _Program:
                 # The last block of a buffer also fills the room behind it.
                 whole = v.offset + v.c == v.buffer.c and first + count == v.c and (
                     layer.is_f32 or (v.offset + first + 32) * 2 <= v.buffer.stride)
-                table += [_at(v, start, row, rank, own) + first * (4 if layer.is_f32 else 2), v.buffer.stride, 32 if whole else count,
-                          _at(res, start, row, rank, own) + first * 2 if res is not None else 0, res.buffer.stride if res is not None else 0,
-                          a_off]
+                table += [_at(v, start, row, rank, own) + first * (4 if layer.is_f32 else 2), v.buffer.stride,
+                          32 if whole else count]
+                table += [0, 0] if res is None else [_at(res, start, row, rank, own) + first * 2, res.buffer.stride]
+                table.append(a_off)
             mode, tap_c = packed['mode'], packed['tap_c']
             width, s, d = layer.outs[0].w, layer['stride'], layer['dilation']
             span = width + (r['kw'] - 1) * d // s
@@ -247,8 +258,10 @@ class _Program:
             planes = s if flat else 1
             if not flat:
                 span = (width - 1) * s + (r['kw'] - 1) * d + 1
+            patch = (r['kh'] * r['kw'] * tap_c * 2 + 63) // 64 * 64
             px = tap_c * 2
-            patch = (r['kh'] * r['kw'] * px + 63) // 64 * 64
+            if mode == BAND and px % 256 == 0:
+                px += 64  # or the pixels of a tile would share a few sets of the first-level cache
             per_row = {DIRECT: width * r['in_ps'], PATCH: width * patch, BAND: span * px * s * planes}[mode]
             everything = self.pictures * r['out_h']
             # Weights that the second-level cache cannot hold are fetched for as many positions as it can hold.
@@ -265,7 +278,8 @@ class _Program:
             self.keep += tables
             r.update(nblocks=len(packed['blocks']), table=ctypes.addressof(tables[0]), koff=ctypes.addressof(tables[1]),
                      mode=mode, tap_c=tap_c, ksteps=packed['ksteps'], flat=flat, rows_at_once=rows,
-                     planes=planes, plane=plane, width=span)
+                     planes=planes, plane=plane, width=span, band_ps=px,
+                     by_position=_weight_bytes_of(packed) <= STREAMED_WEIGHTS)
             self.tiles = max(self.tiles, rows * ((span + 15) // 16 + 1) + 2 * self.pictures + 2)
             slack = 32 * max(px * s, patch) + 4096
             if mode == PATCH:
@@ -278,20 +292,16 @@ class _Program:
         elif layer.op in ('add', 'mul', 'act'):
             r['flavour'] = ('act', 'add', 'mul').index(layer.op)
             if layer.op == 'act':
-                r['act'], r['act_param'] = act_fields_of(layer)
+                layer.act, layer.slope = layer['kind'], layer['slope']
+                r['act'], r['act_param'] = act_fields(layer)
             else:
                 y = layer.ins[1]
-                r.update(in2_off=_at(y, start, row, rank, own), in2_ps=y.buffer.stride, in2_small=(y.h, y.w) != (layer.ins[0].h, layer.ins[0].w))
+                small = (y.h, y.w) != (layer.ins[0].h, layer.ins[0].w)
+                r.update(in2_off=_at(y, start, row, rank, own), in2_ps=y.buffer.stride, in2_small=small)
         elif layer.op == 'output':
             r['index'] = layer['index']
             r.update(out_h=layer.ins[0].h, out_w=layer.ins[0].w)
         return r
-
-
-def act_fields_of(layer: Layer) -> Tuple[int, int]:
-    """The same for an activation that stands alone."""
-    layer.act, layer.slope = layer['kind'], layer['slope']
-    return act_fields(layer)
 
 
 def _at(value: Value, start: int, row: int, rank: int, first: int) -> int:
@@ -435,7 +445,8 @@ def _rows_read(layer: Layer, rows: int) -> int:
     """How many rows of its input a layer must have for the first ``rows`` of its output."""
     height = layer.ins[0].h
     if layer.op in ('conv', 'pool'):
-        reach = (rows - 1) * layer['stride'] - layer['pad'][0] + (layer['kernel'][0] - 1) * layer.fields.get('dilation', 1)
+        reach = (rows - 1) * layer['stride'] - layer['pad'][0]
+        reach += (layer['kernel'][0] - 1) * layer.fields.get('dilation', 1)
         return max(0, min(height, reach + 1))
     if layer.op == 'upsample':
         return min(height, (rows - 1) * height // layer.outs[0].h + 1) if rows else 0
@@ -513,7 +524,7 @@ def _schedule(
                             assert v.buffer is not None
                             cuts.update(range(-(-y0 // v.buffer.rows) * v.buffer.rows, y1, v.buffer.rows))
                         edges = sorted(cuts)
-                        for a, b in zip(edges, edges[1:]):
+                        for a, b in itertools.pairwise(edges):
                             yield i, start, stop, a, b, 0, _blocks(layer, packed), rank, True
                 continue
             i, = segment.layers

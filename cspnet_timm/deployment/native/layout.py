@@ -4,6 +4,7 @@ An operation of a plan becomes a :class:`Layer` unless it is no work at all. Act
 convolution before them, convolutions that read the same map become one, and what a concatenation joins is written where
 the concatenation will be read.
 """
+import itertools
 import struct
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -62,6 +63,7 @@ class Layer:
 
     @property
     def reads(self) -> List[Value]:
+        """All maps that the layer reads."""
         return self.ins + ([self.res] if self.res is not None else [])
 
 
@@ -133,9 +135,9 @@ def arrange(plan: Plan, height: int, width: int) -> Layout:
     layers = _place(layers)
     buffers: List[Buffer] = []
     for layer in layers:
-        for v in layer.reads + layer.outs:
-            if v.buffer is not None and v.buffer not in buffers:
-                buffers.append(v.buffer)
+        for value in layer.reads + layer.outs:
+            if value.buffer is not None and value.buffer not in buffers:
+                buffers.append(value.buffer)
     return Layout(layers, values, buffers)
 
 
@@ -181,7 +183,7 @@ def _split_by_slices(layers: List[Layer]) -> List[Layer]:
                 act, out = out.users[0], out.users[0].outs[0]
             slices = [u for u in out.users if u.op == 'slice']
             spans = sorted((s['start'], s['stop']) for s in slices)
-            apart = all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+            apart = all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
             if slices and len(slices) == len(out.users) and apart and not out.is_output:
                 for s in slices:
                     target = s.outs[0]
@@ -243,7 +245,8 @@ def _merge_parallel(layers: List[Layer]) -> List[Layer]:
     result = []
     for layer in layers:
         if layer.op == 'conv' and not layer.depthwise and layer['groups'] == 1 and layer.res is None:
-            key = (id(layer.ins[0]), layer['kernel'], layer['stride'], tuple(layer['pad']), layer['dilation'], layer.act, layer.slope)
+            key = (id(layer.ins[0]), layer['kernel'], layer['stride'], tuple(layer['pad']), layer['dilation'],
+                   layer.act, layer.slope)
             if key in found:
                 first = found[key]
                 first.outs = first.outs + layer.outs
@@ -324,8 +327,9 @@ def pack_weights(layer: Layer) -> Dict[str, Any]:
     """Blocks of 32 output channels in the order the tiles want, and what the engine must know of them.
 
     Returns:
-        ``mode``, ``tap_c``, ``ksteps``, ``koff`` builder inputs, ``weights`` and ``bias`` tensors, and per block the
-        output it belongs to, the first channel in that output, how many, and the input channels' byte offset.
+        ``mode``, ``tap_c``, ``ksteps``, ``koff`` and ``channel_blocks`` as the engine has them, the tensors ``weights``
+        and ``bias``, and ``blocks``: the output each belongs to, its first channel there, how many, and where in the
+        input its channels begin, in bytes.
     """
     x = layer.ins[0]
     kh, kw = layer['kernel']

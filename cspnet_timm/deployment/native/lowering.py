@@ -118,7 +118,7 @@ class _Lowering:
             self.views.add(node)
             return
         if name in ('add_', 'mul_', 'batch_norm_') or (name.endswith('_') and name[:-1] in _ACTS):
-            # What is changed in place is from here on another value, which is all there is to it if nobody else sees it.
+            # What is changed in place is from here on another value; that is all, if nobody else sees its memory.
             if x in self.views or any(user in self.views for user in x.users):  # type: ignore[union-attr]
                 raise self._refuse(node, ', which changes a part of another map')
         if name.rstrip('_') in _ACTS:

@@ -36,7 +36,7 @@ _FIELDS: Dict[str, Tuple[str, ...]] = {
 class Plan:
     """A network as a list of operations over maps of ``(channels, height, width)``.
 
-    Value 0 is the input, value ``i + 1`` what operation ``i`` gives; an operation names the earlier values that it reads.
+    Value 0 is the input, value ``i + 1`` what operation ``i`` gives; an operation names the earlier values it reads.
     """
 
     def __init__(
