@@ -464,8 +464,8 @@ class _Deploy:
             example_input: Pictures ``(B, C, H, W)`` in float32, of the batch and size that it shall be fast at.
             precision: ``'float32'``, ``'bfloat16'``, ``'float16'``, ``'int8'``, or ``'auto'`` for the narrowest
                 floating point that the hardware has, and int8 too if there is ``calibration``.
-            backend: ``'native'``, ``'openvino'``, ``'onnxruntime'``, ``'inductor'``, ``'eager'``, several of them, or ``'auto'`` for
-                all that are installed.
+            backend: ``'native'``, ``'openvino'``, ``'onnxruntime'``, ``'inductor'``, ``'eager'``, several of them, or
+                ``'auto'`` for all that are installed.
             calibration: Batches of pictures, normalised as the model's input, that int8 takes its scales from.
             threads: Threads that compute, ``torch.get_num_threads()`` by default.
             max_difference: Refuse what differs more from the model than this, ``|a - b| / |b|`` on the example; by
@@ -532,11 +532,10 @@ class _Deploy:
                 self._try(search, best.backend, best.precision, candidate, [*forms, form])
                 if search.best is not None and search.best.forms == [*forms, form]:
                     network, forms = rewritten, [*forms, form]
-            best = search.best or best
-            for arrangement in best.converted.arrangements(len(example), threads):
-                if arrangement != best.arrangement:
-                    search.challenge(best.backend, best.precision, best.converted, best.forms, arrangement)
-            best = search.best or best
+        best = search.best or best
+        for arrangement in best.converted.arrangements(len(example), threads)[1:]:
+            search.challenge(best.backend, best.precision, best.converted, best.forms, arrangement)
+        best = search.best or best
 
         with torch.inference_mode():
             times = interleave(

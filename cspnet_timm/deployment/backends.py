@@ -53,7 +53,7 @@ class Backend(abc.ABC):
 
     Attributes:
         name: What users call it.
-        searches: Converting is cheap enough to try other forms of a network and other arrangements.
+        searches: Converting is cheap enough, and promising enough, to try other forms of a network.
         runs_code: What it saves is machine code, not data.
     """
 
@@ -454,6 +454,7 @@ class OnnxRuntime(Backend):
     """ONNX Runtime, float32 on the CPU."""
 
     name = 'onnxruntime'
+    searches = False
 
     def __init__(self, model: bytes) -> None:
         """
@@ -521,7 +522,7 @@ class OnnxRuntime(Backend):
 
 
 class Native(Backend):
-    """This package's own engine for processors with matrix units: a cross stage without a copy, and cheap activations."""
+    """This package's own engine, for processors with matrix units: cross stages without copies, cheap activations."""
 
     name = 'native'
     searches = False  # it has its own forms of a network, and its own arrangement of a batch
