@@ -214,7 +214,7 @@ def measure_routes(
         batches: Sequence[int],
         sizes: Sequence[int],
         settings: Settings,
-        compiled: bool = True,
+        compiled: Sequence[str] = (),
 ) -> List[Dict[str, Any]]:
     """This package's networks, deployed, beside timm's by every road.
 
@@ -223,7 +223,7 @@ def measure_routes(
         batches: Pictures in the input.
         sizes: Sides of the input.
         settings: How to measure.
-        compiled: Compile too, which takes the longest.
+        compiled: The pairs for which ``torch.compile`` is measured too, which takes the longest.
 
     Returns:
         A case for each network, size, batch, task and precision.
@@ -239,7 +239,7 @@ def measure_routes(
         chosen = {}
         for precision in native_precisions(settings.device):
             row: Dict[str, Callable[[], Any]] = {}
-            for route, build in routes(settings.device, precision, compiled and not features).items():
+            for route, build in routes(settings.device, precision, pair in compiled and not features).items():
                 say(f'{other} {size} {batch} {precision} {route}')
                 row[f'timm {route}'] = build(create(other, settings.device, features), x, precision)
             if precision in TORCH_TYPES:
@@ -264,13 +264,13 @@ def _bytes(cost: Dict[str, int], batch: int, precision: str) -> int:
 
 
 def measure_promise(batch: int, size: int, settings: Settings) -> List[Dict[str, Any]]:
-    """Each CSP network and its plain counterpart, both deployed."""
+    """Each CSP network and its plain counterpart, both deployed, in floating point."""
     cases = []
     for pair in PROMISES:
         names = PAPER_PAIRS[pair].csp, PAPER_PAIRS[pair].plain
         costs = [count(name, size) for name in names]
         x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(settings.device)
-        for precision in native_precisions(settings.device):
+        for precision in (p for p in native_precisions(settings.device) if p in TORCH_TYPES):
             ready = []
             for name in names:
                 say(f'{name} {size} {batch} {precision} deploy')
@@ -531,7 +531,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     rates = machine_rates(settings)
     cases: List[Dict[str, Any]] = []
     if 'routes' in args.sections:
-        cases += measure_routes(args.pairs, args.batches, args.sizes, settings, not args.no_compile)
+        cases += measure_routes(args.pairs, args.batches, args.sizes, settings, args.compile)
     if 'promise' in args.sections:
         cases += measure_promise(args.batches[-1], args.sizes[0], settings)
     if 'resolution' in args.sections:
@@ -562,7 +562,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--sizes', nargs='+', type=int, default=[256], metavar='PIXELS', help='(256)')
     parser.add_argument('--resolutions', nargs='+', type=int, default=list(SIZES), metavar='PIXELS',
                         help=f'of the latency ({" ".join(map(str, SIZES))})')
-    parser.add_argument('--no-compile', action='store_true', help='leave torch.compile out, which takes the longest')
+    parser.add_argument('--compile', nargs='*', choices=list(PAIRS), default=list(PAIRS), metavar='NAME',
+                        help='of which pairs torch.compile is measured too, which takes the longest (all)')
     parser.add_argument('--seconds', type=float, default=2., help='about how long each is measured')
     parser.add_argument('--rounds', type=int, default=7, help='turns of each')
     parser.add_argument('--threads', type=int, help='threads that compute (as many as cores)')

@@ -23,7 +23,7 @@ def speed(monkeypatch):
 
 def arguments(out, *more):
     return ['--pairs', 'nano', '--own', 'cspnet_nano', '--batches', '2', '--sizes', '64', '--resolutions', '64', '96',
-            '--seconds', '0.01', '--rounds', '3', '--no-compile', '--out', str(out), *more]
+            '--seconds', '0.01', '--rounds', '3', '--compile', '--out', str(out), *more]
 
 
 def test_report(speed, tmp_path, monkeypatch, capsys):
