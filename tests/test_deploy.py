@@ -14,7 +14,7 @@ import torch.nn as nn
 from timm.models import reparameterize_model
 
 from cspnet_timm import deploy
-from cspnet_timm.deployment import Deployed, DeployError
+from cspnet_timm.deployment import Deployed, DeployError, api
 from cspnet_timm.deployment.backends import BACKENDS, Arrangement
 from cspnet_timm.deployment.forms import FORMS, join_partitions, regroup, split_merges
 from cspnet_timm.deployment.machine import native_precisions
@@ -159,9 +159,10 @@ def test_features(backend):
     assert max(differences(outputs, expected)) < BOUNDS[precision]
 
 
-def test_every_structure(model_name):
+def test_every_structure(model_name, monkeypatch):
     """Logits of every structure, in the precision that is chosen by default."""
     needs('openvino')
+    monkeypatch.setattr(api, 'FORMS', {})  # test_forms has them
     model = create(model_name)
     x = picture()
     deployed = quick(model, x, backend='openvino')

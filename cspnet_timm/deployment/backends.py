@@ -289,7 +289,7 @@ class Inductor(Backend):
         """
         self.package = package
         self.batch = batch
-        self.folder = tempfile.TemporaryDirectory(prefix='cspnet_timm_')  # the library is mapped from a file in it
+        self.folder = tempfile.TemporaryDirectory(prefix='cspnet-timm-')  # the library is mapped from a file in it
         path = Path(self.folder.name, 'network.pt2')
         path.write_bytes(package)
         self.call = torch._inductor.aoti_load_package(str(path))
@@ -313,7 +313,7 @@ class Inductor(Backend):
         """Export and compile, for the example's batch."""
         adapted = _Adapted(copy.deepcopy(model), TORCH_TYPES[precision]).eval()
         program = _export(adapted, example, dynamic=False)
-        with tempfile.TemporaryDirectory(prefix='cspnet_timm_') as folder:
+        with tempfile.TemporaryDirectory(prefix='cspnet-timm-') as folder:
             path = torch._inductor.aoti_compile_and_package(
                 program, package_path=str(Path(folder, 'network.pt2')),
                 inductor_configs={'freezing': True, 'max_autotune': example.device.type == 'cuda'})
@@ -380,7 +380,7 @@ class OpenVino(Backend):
         """OpenVINO's own two files."""
         import openvino
 
-        with tempfile.TemporaryDirectory(prefix='cspnet_timm_') as folder:
+        with tempfile.TemporaryDirectory(prefix='cspnet-timm-') as folder:
             openvino.serialize(self.model, str(Path(folder, 'model.xml')))
             return {name: Path(folder, name).read_bytes() for name in ('model.xml', 'model.bin')}
 
@@ -479,7 +479,7 @@ class OnnxRuntime(Backend):
     def convert(cls, model: nn.Module, example: torch.Tensor, precision: str) -> 'OnnxRuntime':
         """Export with PyTorch's exporter, for any batch."""
         program = _export(model, example, dynamic=True)
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix='cspnet_timm_') as folder:
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix='cspnet-timm-') as folder:
             warnings.simplefilter('ignore')
             path = Path(folder, 'model.onnx')
             torch.onnx.export(program, (), path, dynamo=True, verbose=False, external_data=False)
