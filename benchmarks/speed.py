@@ -19,13 +19,15 @@ is drawn with the measured bandwidth of its memory. Writes ``speed.json``, ``spe
 "cspnet-timm[bench,deploy]"``).
 """
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -512,43 +514,39 @@ def measure_throughput(names: Sequence[str], batch: int, size: int, settings: Se
     return cases
 
 
-def run(args: argparse.Namespace) -> Dict[str, Any]:
+def run(args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
     """Measure the sections that are asked for.
 
     Args:
         args: The command line's.
 
-    Returns:
-        The report.
+    Yields:
+        The report, after each section.
 
     Raises:
         SystemExit: If the machine is busy.
     """
-    from importlib.metadata import PackageNotFoundError, version
-
     settings = Settings(torch.device(args.device), args.seconds, args.rounds, args.allow_busy)
     settings.check()
     rates = machine_rates(settings)
-    cases: List[Dict[str, Any]] = []
-    if 'routes' in args.sections:
-        cases += measure_routes(args.pairs, args.batches, args.sizes, settings, args.compile)
-    if 'promise' in args.sections:
-        cases += measure_promise(args.batches[-1], args.sizes[0], settings)
-    if 'resolution' in args.sections:
-        cases += measure_resolution(args.pairs[0], args.resolutions, settings)
-    if 'throughput' in args.sections:
-        cases += measure_throughput(args.own, args.batches[-1], args.sizes[0], settings)
-    if 'training' in args.sections:
-        cases += measure_training(args.pairs, args.batches[-1], args.sizes[0], settings)
     libraries = {}
     for name in ('openvino', 'onnxruntime', 'triton'):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             libraries[name] = version(name)
-        except PackageNotFoundError:
-            continue
     machine = dict(describe(settings.device), type=settings.device.type, timm=timm.__version__,
                    cspnet_timm=cspnet_timm.__version__, libraries=libraries)
-    return dict(machine=machine, rates=rates, rounds=args.rounds, busy=settings.was_busy, cases=cases)
+    batch, size = args.batches[-1], args.sizes[0]
+    sections: Dict[str, Callable[[], List[Dict[str, Any]]]] = {
+        'routes': lambda: measure_routes(args.pairs, args.batches, args.sizes, settings, args.compile),
+        'promise': lambda: measure_promise(batch, size, settings),
+        'resolution': lambda: measure_resolution(args.pairs[0], args.resolutions, settings),
+        'throughput': lambda: measure_throughput(args.own, batch, size, settings),
+        'training': lambda: measure_training(args.pairs, batch, size, settings),
+    }
+    cases: List[Dict[str, Any]] = []
+    for name in (s for s in SECTIONS if s in args.sections):
+        cases += sections[name]()
+        yield dict(machine=machine, rates=rates, rounds=args.rounds, busy=settings.was_busy, cases=cases)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -579,12 +577,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         parser.error('--device cuda: there is no CUDA device here')
     if args.threads:
         torch.set_num_threads(args.threads)
-    report = run(args)
-    files = write_files({
-        'speed.json': lambda path: path.write_text(json.dumps(report, indent=1) + '\n'),
-        'speed.md': lambda path: path.write_text(markdown(report)),
-        **plots(report),
-    }, args.out)
+    for report in run(args):  # written after each section, so that what is measured is not lost
+        files = write_files({
+            'speed.json': lambda path, report=report: path.write_text(json.dumps(report, indent=1) + '\n'),
+            'speed.md': lambda path, report=report: path.write_text(markdown(report)),
+            **plots(report),
+        }, args.out)
     print(markdown(report))
     print('Wrote', ', '.join(map(str, files)))
 

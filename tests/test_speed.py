@@ -31,6 +31,7 @@ def arguments(out, *more):
 def test_report(speed, tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
     monkeypatch.setattr(speed, 'busy_fraction', lambda: 0.5)
+    monkeypatch.setattr(speed, 'native_precisions', lambda device: ('float32',))
     monkeypatch.setattr(api, 'FORMS', {})  # they take their time, and are tested elsewhere
     speed.main(arguments(tmp_path, '--allow-busy', '--sections', 'routes', 'resolution', 'throughput', 'training'))
     assert sorted(f.name for f in tmp_path.iterdir()) == [
@@ -44,7 +45,8 @@ def test_report(speed, tmp_path, monkeypatch, capsys):
     assert all(ms > 0 for c in cases for ms in c['milliseconds'].values())
     for case in cases:
         if case['section'] == 'routes':
-            assert {'ours deploy'} < set(case['milliseconds'])
+            assert 'ours deploy' in case['milliseconds']
+            assert case['precision'] == 'int8' or {'timm eager', 'ours eager'} < set(case['milliseconds'])
             assert case['chosen']['difference'] < (0.5 if case['precision'] == 'int8' else 0.1)
             assert case['flops'] == pytest.approx(2 * 2 * 0.16e9 * 64 ** 2 / 256 ** 2, rel=0.1)
     table = (tmp_path / 'speed.md').read_text()
