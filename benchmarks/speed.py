@@ -37,6 +37,7 @@ from paper import Subject, count, peak_memory, write_files
 
 import cspnet_timm
 from cspnet_timm import deploy
+from cspnet_timm.deployment.api import TupleOutputs
 from cspnet_timm.deployment.backends import BACKENDS, TORCH_TYPES, Arrangement, Runner
 from cspnet_timm.deployment.machine import describe, interleave, native_precisions
 
@@ -156,21 +157,11 @@ def backend_route(name: str) -> Callable[[nn.Module, torch.Tensor, str], Callabl
     """An inference engine given the model as it is, in one stream."""
 
     def route(model: nn.Module, x: torch.Tensor, precision: str) -> Callable[[], Any]:
-        converted = BACKENDS[name].convert(_Tuple(model), x, precision)
+        converted = BACKENDS[name].convert(TupleOutputs(model), x, precision)
         runner: Runner = converted.runner(Arrangement(1, len(x)), torch.get_num_threads())
         return lambda: runner(x)
 
     return route
-
-
-class _Tuple(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        y = self.model(x)
-        return (y,) if isinstance(y, torch.Tensor) else tuple(y)
 
 
 def routes(device: torch.device, precision: str, compiled: bool) -> Dict[str, Callable[..., Callable[[], Any]]]:

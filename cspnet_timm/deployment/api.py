@@ -248,7 +248,7 @@ def _first_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {lines[0][:300]}' if lines else type(error).__name__
 
 
-class _Outputs(nn.Module):
+class TupleOutputs(nn.Module):
     """The model with its outputs as a tuple, which every exporter takes."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -505,7 +505,7 @@ class _Deploy:
                 raise ValueError(
                     f'The model must return a tensor or a list of tensors, not {type(given).__name__}: '
                     'deploy the part of it that does.')
-            original = _Outputs(original)
+            original = TupleOutputs(original)
             folded = reparameterize_model(original)
             reference = list(original(example))
             batches = list(calibration) if calibration is not None else []
