@@ -271,7 +271,7 @@ def _require(backend: str, precision: str, device: torch.device) -> None:
     """Raise a DeployError unless the backend is there, and the device has the precision."""
     reason = BACKENDS[backend].unavailable(device)
     if reason is not None:
-        raise DeployError(f'backend={backend!r} cannot be used: {reason}.')
+        raise DeployError(f'backend={backend!r} cannot be used: {reason.rstrip(".")}.')
     if precision not in native_precisions(device):
         raise DeployError(
             f'precision={precision!r} cannot be had: this machine ({describe(device)["device"]}) computes in '

@@ -1,6 +1,7 @@
 """What the hardware can do, and whether it is quiet enough to measure."""
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import time
@@ -39,14 +40,13 @@ def native_precisions(device: torch.device) -> Tuple[str, ...]:
     return tuple(found)
 
 
-def cpp_compiler() -> Optional[str]:
-    """The C++ compiler that ``torch.compile`` would call, None if there is none."""
-    named = os.environ.get('CXX')
-    for name in ([named] if named else []) + ['g++', 'clang++', 'c++']:
-        path = shutil.which(name)
-        if path:
-            return path
-    return None
+def cpp_compiler() -> Optional[List[str]]:
+    """The command that compiles C++: ``$CXX``, or the first of g++, c++ and clang++ that there is; None without one."""
+    own = os.environ.get('CXX')
+    if own:
+        command = shlex.split(own)
+        return command if command and shutil.which(command[0]) else None
+    return next(([name] for name in ('g++', 'c++', 'clang++') if shutil.which(name)), None)
 
 
 def describe(device: torch.device) -> Dict[str, Any]:

@@ -5,12 +5,13 @@ import hashlib
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import List, Optional
+from typing import Optional
+
+from ..machine import cpp_compiler
 
 __all__ = ['cache_dir', 'library', 'unavailable']
 
@@ -26,17 +27,6 @@ def cache_dir() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'cspnet_timm'
-
-
-def _compiler() -> Optional[List[str]]:
-    own = os.environ.get('CXX')
-    if own:
-        command = shlex.split(own)
-        return command if command and shutil.which(command[0]) else None
-    for name in ('g++', 'c++', 'clang++'):
-        if shutil.which(name):
-            return [name]
-    return None
 
 
 def unavailable() -> Optional[str]:
@@ -93,7 +83,7 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: If there is no compiler, it fails, or the system withholds AMX.
     """
-    compiler = _compiler()
+    compiler = cpp_compiler()
     if compiler is None:
         raise RuntimeError('The native engine is compiled on the machine it runs on, and no C++ compiler was found '
                            '(g++, c++, clang++ or $CXX).')
