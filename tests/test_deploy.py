@@ -16,7 +16,7 @@ from timm.models import reparameterize_model
 from cspnet_timm import deploy
 from cspnet_timm.deployment import Deployed, DeployError, api
 from cspnet_timm.deployment.backends import BACKENDS, Arrangement
-from cspnet_timm.deployment.forms import FORMS, join_partitions, regroup, split_merges
+from cspnet_timm.deployment.forms import FORMS, JointPartition, SumMerge, join_partitions, regroup, split_merges
 from cspnet_timm.deployment.machine import native_precisions
 from cspnet_timm.deployment.quantize import quantize
 from tests.zoo import create, distance
@@ -66,7 +66,16 @@ def test_forms(model_name):
             if changed is not None:
                 assert distance(changed(x), expected) < 1e-5
                 assert list(changed.state_dict()) != keys or form is regroup
+        for forms in (FORMS.values(), reversed(FORMS.values())):  # one upon the other
+            changed = model
+            for form in forms:
+                changed = form(changed) or changed
+            assert distance(changed(x), expected) < 1e-5
     assert list(model.state_dict()) == keys
+
+
+def _of_kind(model, kind):
+    return [m for m in model.modules() if isinstance(m, kind)]
 
 
 @pytest.mark.parametrize('name, form, count', [
@@ -76,7 +85,7 @@ def test_forms(model_name):
 def test_what_a_form_changes(name, form, count):
     model = reparameterize_model(timm.create_model(name).eval())
     changed = form(model)
-    kinds = {join_partitions: 'JointStage', split_merges: 'SplitStage'}
+    kinds = {join_partitions: JointPartition, split_merges: SumMerge}
     if form is regroup:
         narrow = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
         wide = [m for m in changed.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
@@ -84,8 +93,13 @@ def test_what_a_form_changes(name, form, count):
         assert {m.in_channels // m.groups for m in wide} == {32}
         assert sum(m.groups != n.groups for m, n in zip(narrow, wide)) == 13  # all but those of the last level
     else:
-        found = [m for m in changed.modules() if type(m).__name__ == kinds[form]]
+        other = split_merges if form is join_partitions else join_partitions
+        found = _of_kind(changed, kinds[form])
         assert found and count in (None, len(found))
+        assert form(changed) is None  # nothing is left to change
+        both = other(changed)
+        assert both is None or all(_of_kind(both, kind) for kind in kinds.values())
+        assert both is not None or name != 'cspnet_nano'
     x = picture()
     with torch.no_grad():
         assert distance(changed(x), model(x)) < 1e-5
@@ -204,6 +218,13 @@ def test_the_fastest_is_chosen(capsys):
     assert 'float32' in report.machine['precisions']
     quick(model, picture(), backend='eager')
     assert not capsys.readouterr().err
+
+
+def test_forms_that_are_faster_are_put_upon_one_another(monkeypatch):
+    needs('openvino')
+    monkeypatch.setattr(api, 'GAIN', 1e6)  # each is taken
+    report = quick(create('cspnet_nano'), picture(), backend='openvino', precision='float32').report
+    assert report.forms == ['join_partitions', 'split_merges']
 
 
 def test_arrangements():

@@ -61,14 +61,12 @@ def join_partitions(model: nn.Module) -> Optional[nn.Module]:
     """
 
     def change(stage: nn.Module) -> Optional[nn.Module]:
-        if not isinstance(stage, ComposedStage):
+        if not isinstance(stage, (ComposedStage, RewrittenStage)):
             return None
-        entry, bypass = _pointwise(stage.entry), _pointwise(stage.bypass)
+        entry, bypass = (_pointwise(branch) for branch in _branches(stage))
         if entry is None or bypass is None or repr(entry[1]) != repr(bypass[1]):
             return None
-        stage.entry = JointPartition((entry[0], bypass[0]), entry[1])
-        stage.bypass = nn.Identity()
-        return JointStage(stage)
+        return RewrittenStage(stage, partition=JointPartition((entry[0], bypass[0]), entry[1]))
 
     return _changed(model, change)
 
@@ -83,14 +81,18 @@ def split_merges(model: nn.Module) -> Optional[nn.Module]:
         The network with split merges, or None if no stage merges by a convolution.
     """
 
-    def change(stage: nn.Module) -> Optional[nn.Module]:
-        if not isinstance(stage, ComposedStage):
+    def change(stage: Any) -> Optional[nn.Module]:
+        if not isinstance(stage, (ComposedStage, RewrittenStage)):
             return None
-        merge, bypass = _pointwise(stage.merge), _pointwise(stage.bypass)
-        if merge is None or bypass is None:
+        merge = _pointwise(stage.merge.merge if isinstance(stage.merge, CatMerge) else stage.merge)
+        if isinstance(stage, RewrittenStage) and isinstance(stage.partition, JointPartition):
+            bypass_chs = stage.partition.chs[1]
+        else:
+            bypass = _pointwise(_branches(stage)[1])
+            bypass_chs = bypass[0].out_channels if bypass is not None else 0
+        if merge is None or not bypass_chs:
             return None
-        stage.merge = SumMerge(merge[0], merge[1], merge[0].in_channels - bypass[0].out_channels)
-        return SplitStage(stage)
+        return RewrittenStage(stage, merge=SumMerge(*merge, blocks_chs=merge[0].in_channels - bypass_chs))
 
     return _changed(model, change)
 
@@ -121,26 +123,6 @@ class JointPartition(nn.Module):
         return entry, bypass
 
 
-class JointStage(nn.Module):
-    """A cross stage behind a :class:`JointPartition`."""
-
-    def __init__(self, stage: ComposedStage) -> None:
-        """
-        Args:
-            stage: Its ``entry`` is the joint partition.
-        """
-        super().__init__()
-        self.partition = stage.entry
-        self.blocks = stage.blocks
-        self.transition = stage.transition
-        self.merge = stage.merge
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Partition, transform, merge."""
-        entry, bypass = self.partition(x)
-        return self.merge(torch.cat([self.transition(self.blocks(entry)), bypass], dim=1))
-
-
 class SumMerge(nn.Module):
     """``conv(cat([y, x]))`` as ``conv_y(y) + conv_x(x)``."""
 
@@ -162,24 +144,72 @@ class SumMerge(nn.Module):
         return self.act(self.conv_y(y) + self.conv_x(x))
 
 
-class SplitStage(nn.Module):
-    """A cross stage that ends in a :class:`SumMerge`."""
+class Partition(nn.Module):
+    """Two branches of one map."""
 
-    def __init__(self, stage: ComposedStage) -> None:
+    def __init__(self, entry: nn.Module, bypass: nn.Module) -> None:
         """
         Args:
-            stage: Its ``merge`` is the sum.
+            entry: Leads to the blocks.
+            bypass: Leads around them.
         """
         super().__init__()
-        self.entry = stage.entry
-        self.bypass = stage.bypass
+        self.entry = entry
+        self.bypass = bypass
+
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Both results."""
+        return self.entry(x), self.bypass(x)
+
+
+class CatMerge(nn.Module):
+    """What follows the concatenation of both branches."""
+
+    def __init__(self, merge: nn.Module) -> None:
+        """
+        Args:
+            merge: Reads the concatenation.
+        """
+        super().__init__()
+        self.merge = merge
+
+    def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Merge what comes from the blocks, ``y``, with what bypassed them, ``x``."""
+        return self.merge(torch.cat([y, x], dim=1))
+
+
+class RewrittenStage(nn.Module):
+    """A cross stage whose partition gives both branches and whose merge takes both, so that each may be another."""
+
+    def __init__(
+            self,
+            stage: Any,
+            partition: Optional[nn.Module] = None,
+            merge: Optional[nn.Module] = None,
+    ) -> None:
+        """
+        Args:
+            stage: A :class:`~cspnet_timm.cross_stage.ComposedStage`, or one that has been rewritten before.
+            partition: Instead of the stage's own.
+            merge: Instead of the stage's own.
+        """
+        super().__init__()
+        rewritten = isinstance(stage, RewrittenStage)
+        self.partition = partition or (stage.partition if rewritten else Partition(stage.entry, stage.bypass))
         self.blocks = stage.blocks
         self.transition = stage.transition
-        self.merge = stage.merge
+        self.merge = merge or (stage.merge if rewritten else CatMerge(stage.merge))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Partition, transform, merge."""
-        return self.merge(self.transition(self.blocks(self.entry(x))), self.bypass(x))
+        y, x = self.partition(x)
+        return self.merge(self.transition(self.blocks(y)), x)
+
+
+def _branches(stage: Any) -> Tuple[nn.Module, nn.Module]:
+    """The modules of a stage that lead to its blocks and around them; those of a joint partition are one."""
+    parent: Any = stage.partition if isinstance(stage, RewrittenStage) else stage
+    return (parent, parent) if isinstance(parent, JointPartition) else (parent.entry, parent.bypass)
 
 
 def _changed(
