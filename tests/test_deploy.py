@@ -336,7 +336,7 @@ def test_a_backend_that_is_not_installed(monkeypatch):
 
 
 def test_a_backend_that_does_not_take_the_model(monkeypatch):
-    def convert(model, example, precision):
+    def convert(model, example, precision, calibration):
         raise NotImplementedError('aten::strange\nmore')
 
     monkeypatch.setattr(BACKENDS['openvino'], 'convert', staticmethod(convert))

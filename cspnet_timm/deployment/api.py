@@ -16,7 +16,7 @@ from timm.models import reparameterize_model
 from .backends import BACKENDS, Arrangement, Backend, Runner
 from .forms import FORMS
 from .machine import PRECISIONS, describe, interleave, native_precisions
-from .quantize import quantize
+from .quantize import check_batches
 
 __all__ = ['DeployError', 'Deployed', 'Report', 'deploy']
 
@@ -352,6 +352,7 @@ class _Search:
     def __init__(
             self,
             example: torch.Tensor,
+            calibration: List[torch.Tensor],
             reference: List[torch.Tensor],
             bounds: Dict[str, float],
             threads: int,
@@ -359,6 +360,7 @@ class _Search:
             progress: bool,
     ) -> None:
         self.example = example
+        self.calibration = calibration
         self.reference = reference
         self.bounds = bounds
         self.threads = threads
@@ -377,7 +379,7 @@ class _Search:
         """The converted network, or None if the backend does not take it."""
         try:
             with torch.no_grad():
-                return BACKENDS[backend].convert(model, self.example, precision)
+                return BACKENDS[backend].convert(model, self.example, precision, self.calibration)
         except Exception as error:  # whatever a converter has to say of a network that it does not know
             self._fail(backend, precision, forms, error)
             return None
@@ -494,6 +496,7 @@ class _Deploy:
             raise ValueError(f'threads={threads} cannot be, at least 1 has to compute.')
         threads = threads or torch.get_num_threads()
         pairs = _pairs(precision, backend, calibration is not None, device)
+        batches = check_batches(calibration) if calibration is not None else []
         bounds = BOUNDS if max_difference is None else dict.fromkeys(PRECISIONS, max_difference)
 
         original = copy.deepcopy(model).eval().float()
@@ -508,15 +511,9 @@ class _Deploy:
             original = TupleOutputs(original)
             folded = reparameterize_model(original)
             reference = list(original(example))
-            batches = list(calibration) if calibration is not None else []
-
-        def prepared(network: nn.Module, wanted: str) -> nn.Module:
-            return quantize(network, batches) if wanted == 'int8' else network
-
-        networks = {p: prepared(folded, p) for _, p in pairs}
-        search = _Search(example, reference, bounds, threads, seconds, progress)
+        search = _Search(example, batches, reference, bounds, threads, seconds, progress)
         for name, wanted in pairs:
-            self._try(search, name, wanted, networks[wanted], [])
+            self._try(search, name, wanted, folded, [])
         best = search.best
         if best is None:
             reasons = '; '.join(_describe_candidate(c) for c in search.tried)
@@ -528,8 +525,7 @@ class _Deploy:
                 rewritten = rewrite(network)
                 if rewritten is None:
                     continue
-                candidate = prepared(rewritten, best.precision)
-                self._try(search, best.backend, best.precision, candidate, [*forms, form])
+                self._try(search, best.backend, best.precision, rewritten, [*forms, form])
                 if search.best is not None and search.best.forms == [*forms, form]:
                     network, forms = rewritten, [*forms, form]
         best = search.best or best

@@ -23,6 +23,7 @@ import torch.nn as nn
 
 from . import native
 from .machine import cpp_compiler, native_precisions
+from .quantize import quantize
 
 __all__ = ['BACKENDS', 'Arrangement', 'Backend', 'Runner']
 
@@ -73,13 +74,20 @@ class Backend(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def convert(cls, model: nn.Module, example: torch.Tensor, precision: str) -> 'Backend':
+    def convert(
+            cls,
+            model: nn.Module,
+            example: torch.Tensor,
+            precision: str,
+            calibration: Sequence[torch.Tensor] = (),
+    ) -> 'Backend':
         """Convert a model.
 
         Args:
             model: In eval mode, batch norms folded; it returns a tensor or a list of tensors, in float32.
             example: ``(B, C, H, W)``.
             precision: One of its precisions.
+            calibration: Batches ``(B, C, H, W)`` that int8 takes its scales from.
         """
 
     def arrangements(self, batch: int, threads: int) -> List[Arrangement]:
@@ -240,7 +248,13 @@ class Eager(Backend):
         return tuple(p for p in native_precisions(device) if p in TORCH_TYPES)
 
     @classmethod
-    def convert(cls, model: nn.Module, example: torch.Tensor, precision: str) -> 'Eager':
+    def convert(
+            cls,
+            model: nn.Module,
+            example: torch.Tensor,
+            precision: str,
+            calibration: Sequence[torch.Tensor] = (),
+    ) -> 'Eager':
         """Copy the model in its precision and memory format."""
         adapted = _Adapted(copy.deepcopy(model), TORCH_TYPES[precision]).eval()
 
@@ -309,7 +323,13 @@ class Inductor(Backend):
         return Eager.precisions(device)
 
     @classmethod
-    def convert(cls, model: nn.Module, example: torch.Tensor, precision: str) -> 'Inductor':
+    def convert(
+            cls,
+            model: nn.Module,
+            example: torch.Tensor,
+            precision: str,
+            calibration: Sequence[torch.Tensor] = (),
+    ) -> 'Inductor':
         """Export and compile, for the example's batch."""
         adapted = _Adapted(copy.deepcopy(model), TORCH_TYPES[precision]).eval()
         program = _export(adapted, example, dynamic=False)
@@ -360,10 +380,18 @@ class OpenVino(Backend):
         return native_precisions(device)
 
     @classmethod
-    def convert(cls, model: nn.Module, example: torch.Tensor, precision: str) -> 'OpenVino':
-        """Trace and convert."""
+    def convert(
+            cls,
+            model: nn.Module,
+            example: torch.Tensor,
+            precision: str,
+            calibration: Sequence[torch.Tensor] = (),
+    ) -> 'OpenVino':
+        """Trace and convert; int8 by fake quantisation."""
         import openvino
 
+        if precision == 'int8':
+            model = quantize(model, calibration)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter('ignore')  # of the tracer, about sizes that are looked at
             return cls(openvino.convert_model(model, example_input=example[:1]), precision)
@@ -476,7 +504,13 @@ class OnnxRuntime(Backend):
         return ('float32',)
 
     @classmethod
-    def convert(cls, model: nn.Module, example: torch.Tensor, precision: str) -> 'OnnxRuntime':
+    def convert(
+            cls,
+            model: nn.Module,
+            example: torch.Tensor,
+            precision: str,
+            calibration: Sequence[torch.Tensor] = (),
+    ) -> 'OnnxRuntime':
         """Export with PyTorch's exporter, for any batch."""
         program = _export(model, example, dynamic=True)
         with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix='cspnet-timm-') as folder:
@@ -530,7 +564,7 @@ class Native(Backend):
     def __init__(self, plan: native.Plan) -> None:
         """
         Args:
-            plan: The network as a list of layers.
+            plan: The network as a list of layers; computed in int8 if it has ranges.
         """
         self.plan = plan
 
@@ -543,13 +577,20 @@ class Native(Backend):
 
     @classmethod
     def precisions(cls, device: torch.device) -> Tuple[str, ...]:
-        """bfloat16."""
-        return ('bfloat16',)
+        """What the processor's matrix units have."""
+        return ('bfloat16', 'int8')
 
     @classmethod
-    def convert(cls, model: nn.Module, example: torch.Tensor, precision: str) -> 'Native':
-        """Read the network's layers."""
-        return cls(native.lower(model, example))
+    def convert(
+            cls,
+            model: nn.Module,
+            example: torch.Tensor,
+            precision: str,
+            calibration: Sequence[torch.Tensor] = (),
+    ) -> 'Native':
+        """Read the network's layers; for int8, and what its maps hold."""
+        plan = native.lower(model, example)
+        return cls(native.calibrate(plan, calibration) if precision == 'int8' else plan)
 
     def arrangements(self, batch: int, threads: int) -> List[Arrangement]:
         """The engine's own: a thread takes pictures, or all take a part of one."""
@@ -558,7 +599,7 @@ class Native(Backend):
 
     def runner(self, arrangement: Arrangement, threads: int) -> Runner:
         """The engine."""
-        return native.NativeEngine(self.plan, threads)
+        return native.NativeEngine(self.plan, threads, 'bfloat16' if self.plan.ranges is None else 'int8')
 
     def parts(self) -> Dict[str, bytes]:
         """The layers, and their weights."""

@@ -5,13 +5,13 @@ Weights are symmetric with a scale per output channel, maps have one scale; a ma
 steps for the positive ones. Biases, sums, activations and what is no convolution stay as they were.
 """
 import copy
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['quantize']
+__all__ = ['check_batches', 'quantize']
 
 SAMPLES = 1 << 14  # values kept of each map of each calibration batch
 CLIPS = [1. - 0.02 * i for i in range(36)]  # of the largest value, down to 0.3
@@ -77,7 +77,29 @@ class _Observer:
         return best[1]
 
 
-def quantize(model: nn.Module, calibration: Iterable[torch.Tensor]) -> nn.Module:
+def check_batches(calibration: Iterable[torch.Tensor]) -> List[torch.Tensor]:
+    """Take the batches that scales shall come from.
+
+    Args:
+        calibration: Batches ``(B, C, H, W)``.
+
+    Returns:
+        All of them.
+
+    Raises:
+        ValueError: If there is no batch, or one is no float tensor of four dimensions.
+    """
+    batches = list(calibration)
+    if not batches:
+        raise ValueError('calibration is empty: int8 takes the scales of its maps from a few batches of pictures.')
+    for batch in batches:
+        if not isinstance(batch, torch.Tensor) or batch.ndim != 4 or not batch.is_floating_point() or not len(batch):
+            shape = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
+            raise ValueError(f'calibration must give float tensors (B, C, H, W), not {shape}.')
+    return batches
+
+
+def quantize(model: nn.Module, calibration: Sequence[torch.Tensor]) -> nn.Module:
     """Round what every convolution and linear layer reads, and its weights, to eight bits.
 
     Args:
@@ -88,7 +110,7 @@ def quantize(model: nn.Module, calibration: Iterable[torch.Tensor]) -> nn.Module
         A copy with fake quantisation.
 
     Raises:
-        ValueError: If there is no batch, one is no float tensor of four dimensions, or the network has no such layer.
+        ValueError: If the network has no such layer.
     """
     model = copy.deepcopy(model)
     observers: Dict[str, _Observer] = {}
@@ -99,18 +121,12 @@ def quantize(model: nn.Module, calibration: Iterable[torch.Tensor]) -> nn.Module
             hooks.append(module.register_forward_pre_hook(observers[name]))
     if not observers:
         raise ValueError('The model has no convolution and no linear layer: there is nothing to compute in int8.')
-    batch: Optional[torch.Tensor] = None
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for batch in calibration:
-            if not isinstance(batch, torch.Tensor) or batch.ndim != 4 or not batch.is_floating_point():
-                shape = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
-                raise ValueError(f'calibration must give float tensors (B, C, H, W), not {shape}.')
             model(batch)
     for hook in hooks:
         hook.remove()
-    if batch is None:
-        raise ValueError('calibration is empty: int8 takes the scales of its maps from a few batches of pictures.')
     for name, observer in observers.items():
         parent, _, child = name.rpartition('.')
         layer = model.get_submodule(name)

@@ -17,8 +17,10 @@ __all__ = ['cache_dir', 'library', 'unavailable']
 
 SOURCE = Path(__file__).with_name('engine.cpp')
 FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC', '-pthread', '-fno-math-errno', '-mavx512f', '-mavx512bw',
-         '-mavx512dq', '-mavx512vl', '-mavx512bf16', '-mfma', '-mamx-tile', '-mamx-bf16', '-mamx-int8']
-NEEDED = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_bf16', 'amx_tile', 'amx_bf16', 'amx_int8')
+         '-mavx512dq', '-mavx512vl', '-mavx512bf16', '-mavx512fp16', '-mfma', '-mamx-tile', '-mamx-bf16',
+         '-mamx-int8']
+NEEDED = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_bf16', 'avx512_fp16', 'amx_tile', 'amx_bf16',
+          'amx_int8')
 
 
 def cache_dir() -> Path:

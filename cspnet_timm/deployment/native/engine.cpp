@@ -1,4 +1,5 @@
-// An interpreter of convolutional networks for CPUs with AMX: bfloat16 maps, float32 accumulation.
+// An interpreter of convolutional networks for CPUs with AMX: maps in bfloat16 and sums in float32, or maps in bytes and
+// sums in int32.
 //
 // The caller (engine.py beside this file) has laid out every map in one arena, packed the weights, and written the
 // order of work; nothing here is specific to a network. Maps are [picture][row][column][channel] without borders;
@@ -37,9 +38,17 @@ struct Layer {
     i64 planes, plane, width, band_ps;  // of a band: planes each way, their rows and columns, bytes of a pixel
     i64 by_position;  // order of work: positions outside, output channels inside
     i64 in_mod;  // rows that the input has room for; row y lies at y % in_mod
+    // Maps in bytes: a byte q of channel c stands for (q - zero[c]) * scale[c]; what is written is y * out_inv + out_zero.
+    i64 in8, out8, in2_8, flow, fill, in_scale, in_zero, in2_scale, in2_zero, out_inv, out_zero;
+    i64 dense;  // a band's pixels lie side by side, and a step of the product takes bytes of several
 };
 // What a block of 32 output channels of a convolution reads and writes.
-struct Block { i64 out_off, out_ps, nstore, res_off, res_ps, a_off; };
+struct Block { i64 out_off, out_ps, nstore, res_off, res_ps, a_off, epilogue; };
+// How the sums of a block become bytes; in the order of lanes that _mm512_packs_epi32 leaves.
+struct Epilogue8 { int32_t shift[32]; _Float16 mul[32], res_mul[32], inv[32], add[32]; };
+// The same where only one of the two maps is in bytes.
+struct EpilogueMixed { float mul[32], res_mul[32], res_add[32], inv[32], add[32]; };
+enum Flow { HALF, BYTES, FROM_HALF, FROM_BYTES };  // HALF and FROM_HALF multiply bfloat16
 struct Step { i64 layer, b0, b1, y0, y1, n0, n1, barrier; };
 struct Job {
     i64 program, arena, input, stride_n, stride_c, stride_h, stride_w, outputs;
@@ -122,7 +131,71 @@ static inline __m512 activate_any(i64 act, __m512 x, __m512 slope) {
         default: return x;
     }
 }
+
+// The same in float16, for results of eight bits; the exponential has a relative error of 1.7e-3.
+static inline __m512h set_ph(float v) { return _mm512_set1_ph((_Float16)v); }
+static inline __m512h exp2_ph(__m512h z) {
+    const __m512h t = _mm512_reduce_ph(z, 9);
+    __m512h p = _mm512_fmadd_ph(set_ph(0.33718972f), t, set_ph(0.65763656f));
+    p = _mm512_fmadd_ph(p, t, set_ph(1.00172457f));
+    return _mm512_scalef_ph(p, z);
+}
+static inline __m512h sigmoid_ph(__m512h x) {
+    return _mm512_rcp_ph(_mm512_add_ph(exp2_ph(_mm512_mul_ph(x, set_ph(-1.44269504f))), set_ph(1.f)));
+}
+template <int ACT> static inline __m512h activate_ph(__m512h x, __m512h slope) {
+    const __m512h zero = _mm512_setzero_ph();
+    switch (ACT) {
+        case RELU: return _mm512_max_ph(x, zero);
+        case RELU6: return _mm512_min_ph(_mm512_max_ph(x, zero), set_ph(6.f));
+        case LEAKY: return _mm512_fmadd_ph(_mm512_min_ph(x, zero), slope, _mm512_max_ph(x, zero));
+        case SILU: return _mm512_mul_ph(x, sigmoid_ph(x));
+        case SIGMOID: return sigmoid_ph(x);
+        case HARDSIGMOID: case HARDSWISH: {
+            __m512h s = _mm512_fmadd_ph(x, set_ph(1.f / 6), set_ph(0.5f));
+            s = _mm512_min_ph(_mm512_max_ph(s, zero), set_ph(1.f));
+            return ACT == HARDSIGMOID ? s : _mm512_mul_ph(x, s);
+        }
+        case MISH: {
+            const __m512h e = exp2_ph(_mm512_mul_ph(_mm512_min_ph(x, set_ph(5.f)), set_ph(1.44269504f)));
+            const __m512h n = _mm512_fmadd_ph(e, e, _mm512_add_ph(e, e));
+            return _mm512_mul_ph(x, _mm512_mul_ph(n, _mm512_rcp_ph(_mm512_add_ph(n, set_ph(2.f)))));
+        }
+        default: return x;
+    }
+}
 static inline float as_float(i64 bits) { uint32_t u = (uint32_t)bits; float f; memcpy(&f, &u, 4); return f; }
+
+// 32 channels, n of them there, as float32; of bytes their number and not what it stands for.
+static inline void load_bytes(const void* p, i64 n, __m512& lo, __m512& hi) {
+    const __m256i v = n >= 32 ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi8((1u << n) - 1, p);
+    lo = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(v)));
+    hi = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(v, 1)));
+}
+static inline __m128i to_bytes(__m512 v) {
+    return _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_setzero_si512()));
+}
+static inline void store_bytes(void* p, __m512 lo, __m512 hi, i64 n) {
+    const __m256i v = _mm256_set_m128i(to_bytes(hi), to_bytes(lo));
+    if (n >= 32) _mm256_storeu_si256((__m256i*)p, v); else _mm256_mask_storeu_epi8(p, (1u << n) - 1, v);
+}
+static inline __m512 floats(i64 array, i64 c) { return _mm512_loadu_ps((const float*)array + c); }
+// A map's 32 channels from c on at its pixel p, as the numbers that they stand for.
+static inline void load_map(const char* p, i64 is8, i64 scale, i64 zero, i64 c, i64 n, __m512& lo, __m512& hi) {
+    if (!is8) {
+        const __m512i v = load_bf16(p + c * 2, n);
+        lo = lo_half(v); hi = hi_half(v);
+        return;
+    }
+    load_bytes(p + c, n, lo, hi);
+    lo = _mm512_mul_ps(_mm512_sub_ps(lo, floats(zero, c)), floats(scale, c));
+    hi = _mm512_mul_ps(_mm512_sub_ps(hi, floats(zero, c + 16)), floats(scale, c + 16));
+}
+static inline void store_map(char* p, const Layer& l, i64 c, i64 n, __m512 lo, __m512 hi) {
+    if (!l.out8) { store_bf16(p + c * 2, narrow2(lo, hi), n); return; }
+    const __m512 inv = _mm512_set1_ps(as_float(l.out_inv)), zero = _mm512_set1_ps(as_float(l.out_zero));
+    store_bytes(p + c, _mm512_fmadd_ps(lo, inv, zero), _mm512_fmadd_ps(hi, inv, zero), n);
+}
 
 struct Worker {  // memory of one thread
     char* scratch = nullptr; size_t scratch_size = 0;
@@ -176,13 +249,97 @@ static inline void finish_rows(char* arena, const Pending& e, int r0, int r1, __
     }
 }
 
+// Two rows at a time, whose bytes fill a register together.
 template <int ACT, int RES>
+static inline void finish_bytes(char* arena, const Pending& e, int r0, int r1, __m512h slope) {
+    const Block& k = *e.block;
+    const Epilogue8& q = *(const Epilogue8*)k.epilogue;
+    const i64 out_ps = k.out_ps, res_ps = k.res_ps;
+    char* const out_base = arena + k.out_off;
+    const char* const res_base = arena + k.res_off;
+    const __mmask32 mask = k.nstore >= 32 ? ~0u : (1u << k.nstore) - 1;
+    const __m512i shift_a = _mm512_loadu_si512(q.shift), shift_b = _mm512_loadu_si512(q.shift + 16);
+    const __m512h mul = _mm512_loadu_ph(q.mul), res_mul = _mm512_loadu_ph(q.res_mul);
+    const __m512h inv = _mm512_loadu_ph(q.inv), add = _mm512_loadu_ph(q.add);
+    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i back = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const char* acc = (const char*)(e.acc + r0 * 32);
+    auto words = [&](i64 pos) __attribute__((always_inline)) {
+        const __m512i a = _mm512_srav_epi32(_mm512_load_si512(acc), shift_a);
+        const __m512i b = _mm512_srav_epi32(_mm512_load_si512(acc + 64), shift_b);
+        acc += 128;
+        __m512h x = _mm512_cvtepi16_ph(_mm512_packs_epi32(a, b)), res;
+        if (RES) {
+            const __m256i r = _mm256_maskz_loadu_epi8(mask, res_base + pos * res_ps);
+            res = _mm512_cvtepi16_ph(_mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(r, lanes)));
+        }
+        if (RES == 1) x = _mm512_fmadd_ph(x, mul, _mm512_mul_ph(res, res_mul)); else x = _mm512_mul_ph(x, mul);
+        x = activate_ph<ACT>(x, slope);
+        x = _mm512_fmadd_ph(x, inv, RES == 2 ? _mm512_fmadd_ph(res, res_mul, add) : add);
+        return _mm512_cvtph_epi16(x);
+    };
+    const int32_t* const at = e.pos;
+    const bool neighbours = at[r0] >= 0 && at[r1 - 1] - at[r0] == r1 - r0 - 1;
+    for (int r = r0; r < r1; r += 2) {
+        const i64 p = at[r], s = at[r + 1];
+        if (!neighbours && p < 0 && s < 0) { acc += 256; continue; }
+        const __m512i first = words(p < 0 ? s : p), second = words(s < 0 ? p : s);
+        const __m512i both = _mm512_permutexvar_epi32(back, _mm512_packus_epi16(first, second));
+        if (neighbours || p >= 0) _mm256_mask_storeu_epi8(out_base + p * out_ps, mask, _mm512_castsi512_si256(both));
+        if (neighbours || s >= 0) _mm256_mask_storeu_epi8(out_base + s * out_ps, mask, _mm512_extracti64x4_epi64(both, 1));
+    }
+}
+
+template <int ACT, bool FROM8>
+static inline void finish_mixed(char* arena, const Layer& l, const Pending& e, int r0, int r1, __m512 slope) {
+    const Block& k = *e.block;
+    const EpilogueMixed& q = *(const EpilogueMixed*)k.epilogue;
+    const float* acc = e.acc + r0 * 32;
+    for (int r = r0; r < r1; r++, acc += 32) {
+        const i64 pos = e.pos[r];
+        if (pos < 0) continue;
+        __m512 v[2], res[2];
+        if (l.res_mode) {
+            const char* from = arena + k.res_off + pos * k.res_ps;
+            if (l.in2_8) load_bytes(from, k.nstore, res[0], res[1]);
+            else { const __m512i h = load_bf16(from, k.nstore); res[0] = lo_half(h); res[1] = hi_half(h); }
+        }
+        for (int i = 0; i < 2; i++) {
+            v[i] = FROM8 ? _mm512_cvtepi32_ps(_mm512_load_si512(acc + 16 * i)) : _mm512_load_ps(acc + 16 * i);
+            if (FROM8) v[i] = _mm512_mul_ps(v[i], _mm512_loadu_ps(q.mul + 16 * i));
+            if (l.res_mode) res[i] = _mm512_fmadd_ps(res[i], _mm512_loadu_ps(q.res_mul + 16 * i), _mm512_loadu_ps(q.res_add + 16 * i));
+            if (l.res_mode == 1) v[i] = _mm512_add_ps(v[i], res[i]);
+            v[i] = activate<ACT>(v[i], slope);
+            if (l.res_mode == 2) v[i] = _mm512_add_ps(v[i], res[i]);
+            if (l.out8) v[i] = _mm512_fmadd_ps(v[i], _mm512_loadu_ps(q.inv + 16 * i), _mm512_loadu_ps(q.add + 16 * i));
+        }
+        char* out = arena + k.out_off + pos * k.out_ps;
+        if (l.out8) store_bytes(out, v[0], v[1], k.nstore);
+        else if (!l.is_f32) store_bf16(out, narrow2(v[0], v[1]), k.nstore);
+        else {
+            const __mmask32 mask = k.nstore >= 32 ? ~0u : (1u << k.nstore) - 1;
+            _mm512_mask_storeu_ps(out, (__mmask16)mask, v[0]);
+            _mm512_mask_storeu_ps(out + 64, (__mmask16)(mask >> 16), v[1]);
+        }
+    }
+}
+
+#define PRODUCT(t, a, b) \
+    do { if constexpr (FLOW & 1) _tile_dpbusd(t, a, b); else _tile_dpbf16ps(t, a, b); } while (0)
+template <int ACT, int RES, int FLOW>
 static void multiply(const Layer& l, const i64* koff, const Block* blocks, char* arena, Worker& w, size_t ntiles,
                      i64 lda, i64 n0, i64 n1) {
     const __m512 slope = _mm512_set1_ps(as_float(l.act_param));
+    const __m512h slope_ph = set_ph(as_float(l.act_param));
     const bool is_f32 = l.is_f32;
     const i64 ksteps = l.ksteps;
-    const int rows = ksteps >= 32 ? 1 : (int)((32 + ksteps - 1) / ksteps);  // of the epilogue per step of the product
+    // Rows of the epilogue per step of the product, of bytes in pairs.
+    const int rows = FLOW == BYTES ? 2 * (int)((16 + ksteps - 1) / ksteps) : (int)((32 + ksteps - 1) / ksteps);
+    auto finish = [&](const Pending& e, int r0, int r1) __attribute__((always_inline)) {
+        if constexpr (FLOW == HALF) finish_rows<ACT, RES>(arena, e, r0, r1, slope, is_f32);
+        else if constexpr (FLOW == BYTES) finish_bytes<ACT, RES>(arena, e, r0, r1, slope_ph);
+        else finish_mixed<ACT, FLOW == FROM_BYTES>(arena, l, e, r0, r1, slope);
+    };
     Pending pending = {nullptr, nullptr, nullptr};
     int turn = 0;
     // With the positions outside, their pixels stay in the first-level cache and the weights stream through it.
@@ -204,15 +361,15 @@ static void multiply(const Layer& l, const i64* koff, const Block* blocks, char*
                 const i64 o = koff[k];
                 _tile_loadd(4, a0 + o, lda);
                 _tile_loadd(6, b, 64);
-                _tile_dpbf16ps(0, 4, 6);
+                PRODUCT(0, 4, 6);
                 _tile_loadd(7, b + 1024, 64);
-                _tile_dpbf16ps(1, 4, 7);
+                PRODUCT(1, 4, 7);
                 _tile_loadd(5, a1 + o, lda);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
+                PRODUCT(2, 5, 6);
+                PRODUCT(3, 5, 7);
                 if (row < 32) {
                     const int end = std::min(32, row + rows);
-                    finish_rows<ACT, RES>(arena, pending, row, end, slope, is_f32);
+                    finish(pending, row, end);
                     row = end;
                 }
             }
@@ -223,24 +380,33 @@ static void multiply(const Layer& l, const i64* koff, const Block* blocks, char*
             pending = {acc, &w.tile_pos[t * 16], &blocks[n]};
         }
     }
-    if (pending.acc) finish_rows<ACT, RES>(arena, pending, 0, 32, slope, is_f32);
+    if (pending.acc) finish(pending, 0, 32);
 }
+#undef PRODUCT
 
 typedef void (*Multiply)(const Layer&, const i64*, const Block*, char*, Worker&, size_t, i64, i64, i64);
-template <int ACT> static Multiply pick_res(i64 res) {
-    return res == 0 ? multiply<ACT, 0> : res == 1 ? multiply<ACT, 1> : multiply<ACT, 2>;
+template <int ACT, int FLOW> static Multiply pick_res(i64 res) {
+    return res == 0 ? multiply<ACT, 0, FLOW> : res == 1 ? multiply<ACT, 1, FLOW> : multiply<ACT, 2, FLOW>;
 }
-static Multiply pick(i64 act, i64 res) {
+template <int ACT> static Multiply pick_flow(i64 res, i64 flow) {
+    switch (flow) {
+        case BYTES: return pick_res<ACT, BYTES>(res);
+        case FROM_HALF: return multiply<ACT, 0, FROM_HALF>;  // these look at the residual as they go
+        case FROM_BYTES: return multiply<ACT, 0, FROM_BYTES>;
+        default: return pick_res<ACT, HALF>(res);
+    }
+}
+static Multiply pick(i64 act, i64 res, i64 flow) {
     switch (act) {
-        case RELU: return pick_res<RELU>(res);
-        case LEAKY: return pick_res<LEAKY>(res);
-        case SILU: return pick_res<SILU>(res);
-        case HARDSWISH: return pick_res<HARDSWISH>(res);
-        case HARDSIGMOID: return pick_res<HARDSIGMOID>(res);
-        case SIGMOID: return pick_res<SIGMOID>(res);
-        case MISH: return pick_res<MISH>(res);
-        case RELU6: return pick_res<RELU6>(res);
-        default: return pick_res<NONE>(res);
+        case RELU: return pick_flow<RELU>(res, flow);
+        case LEAKY: return pick_flow<LEAKY>(res, flow);
+        case SILU: return pick_flow<SILU>(res, flow);
+        case HARDSWISH: return pick_flow<HARDSWISH>(res, flow);
+        case HARDSIGMOID: return pick_flow<HARDSIGMOID>(res, flow);
+        case SIGMOID: return pick_flow<SIGMOID>(res, flow);
+        case MISH: return pick_flow<MISH>(res, flow);
+        case RELU6: return pick_flow<RELU6>(res, flow);
+        default: return pick_flow<NONE>(res, flow);
     }
 }
 
@@ -259,6 +425,11 @@ static inline void copy_padded(char* to, const char* from, i64 bytes) {
     if (i < bytes) _mm512_store_si512(to + i, _mm512_maskz_loadu_epi8((~0ull) >> (64 - (bytes - i)), from + i));
 }
 static inline void zero_bytes(char* to, i64 bytes) { memset(to, 0, bytes); }
+// Pixels of zeros: of a map in bytes what stands for zero.
+static inline void zero_pixels(const Layer& l, char* to, i64 px, i64 n) {
+    if (!l.in8) { zero_bytes(to, n * px); return; }
+    for (i64 i = 0; i < n; i++) copy_bytes(to + i * px, (const char*)l.fill, px);
+}
 
 // Rows of one picture for the output rows y0 to y1, with zeros around them and channels padded to tap_c. Where tiles go
 // on from row to row, a convolution with a stride finds rows and columns sorted by their remainder, so that neighbours of
@@ -267,21 +438,24 @@ static inline void zero_bytes(char* to, i64 bytes) { memset(to, 0, bytes); }
 static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i64 y1) {
     const i64 px = l.band_ps, s = l.planes, width = l.width;
     const i64 rows = (y1 - y0 - 1) * (l.stride / s) + (l.kh - 1) * l.dil / s + 1, top = y0 * l.stride - l.pad_h;
-    const i64 bytes = l.in_c * 2;
+    const i64 bytes = l.in_c * (l.in8 ? 1 : 2);
     for (i64 py = 0; py < s; py++)
         for (i64 j = 0; j < rows; j++) {
             const i64 y = top + j * s + py;
             for (i64 p = 0; p < s; p++) {
                 char* at = to + (((py * s + p) * l.plane + j) * width) * px;
-                if (y < 0 || y >= l.in_h) { zero_bytes(at, width * px); continue; }
+                if (y < 0 || y >= l.in_h) { zero_pixels(l, at, px, width); continue; }
                 // column i of the plane is column i * s + p - pad_w of the map
                 const i64 left = std::min(width, std::max<i64>(0, (l.pad_w - p + s - 1) / s));
                 const i64 right = std::max(left, std::min(width, (l.in_w - 1 + l.pad_w - p + s) / s));
-                if (left) zero_bytes(at, left * px);
-                if (right < width) zero_bytes(at + right * px, (width - right) * px);
+                if (left) zero_pixels(l, at, px, left);
+                if (right < width) zero_pixels(l, at + right * px, px, width - right);
                 const char* from = picture + (y % l.in_mod * l.in_w + left * s + p - l.pad_w) * l.in_ps;
                 at += left * px;
-                if (s == 1 && l.in_ps == px && bytes == px) copy_bytes(at, from, (right - left) * px);
+                // What lies behind a byte map's channels is multiplied by zero, whatever it is.
+                if (s == 1 && l.in_ps == px && (bytes == px || l.in8)) copy_bytes(at, from, (right - left) * px);
+                else if (l.dense)
+                    for (i64 x = left; x < right; x++, at += px, from += s * l.in_ps) copy_bytes(at, from, bytes);
                 else if (bytes == 64 && px == 64)
                     for (i64 x = left; x < right; x++, at += 64, from += s * l.in_ps)
                         _mm512_store_si512(at, _mm512_loadu_si512(from));
@@ -320,12 +494,12 @@ static void pack_small_patches(const Layer& l, const char* picture, char* to, i6
 }
 // The patches of positions of row y of one picture, each ksteps * 64 bytes or more (row_bytes).
 static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i64 row_bytes) {
-    const i64 tap = l.tap_c * 2, bytes = l.in_c * 2;
+    const i64 tap = l.tap_c * (l.in8 ? 1 : 2), bytes = l.in_c * (l.in8 ? 1 : 2);
     const i64 run = l.kw * tap;
     const __mmask64 run_mask = run >= 64 ? ~0ull : (1ull << run) - 1;
     const bool runs = l.in_ps == tap && l.dil == 1 && bytes == tap;  // neighbours in a row are neighbours in the patch
     i64 lo = l.out_w, hi = l.out_w;  // columns whose patches lie inside the map
-    if (runs && l.kh <= 16 && l.kw * l.in_c >= 2) {
+    if (runs && !l.in8 && l.kh <= 16 && l.kw * l.in_c >= 2) {
         lo = std::min(l.out_w, (l.pad_w + l.stride - 1) / l.stride);
         hi = l.in_w + l.pad_w < l.kw ? lo : std::max(lo, std::min(l.out_w, (l.in_w + l.pad_w - l.kw) / l.stride + 1));
         pack_small_patches(l, picture, to, y, row_bytes, lo, hi);
@@ -336,7 +510,7 @@ static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i
         const i64 ix = x * l.stride - l.pad_w;
         for (i64 ky = 0; ky < l.kh; ky++) {
             const i64 iy = y * l.stride - l.pad_h + ky * l.dil;
-            if (iy < 0 || iy >= l.in_h) { zero_bytes(at, l.kw * tap); at += l.kw * tap; continue; }
+            if (iy < 0 || iy >= l.in_h) { zero_pixels(l, at, tap, l.kw); at += l.kw * tap; continue; }
             const char* row = picture + iy % l.in_mod * l.in_w * l.in_ps;
             if (runs && ix >= 0 && ix + l.kw <= l.in_w) {
                 const char* from = row + ix * l.in_ps;
@@ -347,7 +521,7 @@ static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i
             }
             for (i64 kx = 0; kx < l.kw; kx++, at += tap) {
                 const i64 jx = ix + kx * l.dil;
-                if (jx < 0 || jx >= l.in_w) { zero_bytes(at, tap); continue; }
+                if (jx < 0 || jx >= l.in_w) { zero_pixels(l, at, tap, 1); continue; }
                 copy_bytes(at, row + jx * l.in_ps, bytes);
                 if (bytes < tap) zero_bytes(at + bytes, tap - bytes);
             }
@@ -361,9 +535,9 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
     const Layer& l = p.layers[s.layer];
     const i64* koff = p.koffs[s.layer].data();
     const Block* blocks = p.blocks[s.layer].data();
-    const Multiply multiply_ = pick(l.act, l.res_mode);
+    const Multiply multiply_ = pick(l.act, l.res_mode, l.flow);
     const i64 rows_total = (s.b1 - s.b0) * (s.y1 - s.y0), height = s.y1 - s.y0;
-    const i64 patch_bytes = (l.kh * l.kw * l.tap_c * 2 + 63) / 64 * 64;
+    const i64 patch_bytes = (l.kh * l.kw * l.tap_c * (l.in8 ? 1 : 2) + 63) / 64 * 64;
     const i64 width = l.width, px = l.band_ps, step = l.mode == BAND ? l.stride / l.planes : 1;
     const char* in = arena + l.in_off;
     const i64 picture = l.in_h * l.in_w * l.in_ps;
@@ -441,15 +615,19 @@ static void run_depthwise(const Layer& l, const Step& s, char* arena) {
     const i64 cp = l.nblocks * 32, d = l.dil;
     auto finish = [&](i64 pos, i64 c, __m512 a, __m512 b, i64 n) {
         __m512 ra = _mm512_setzero_ps(), rb = ra;
-        if (l.res_mode) {
-            const __m512i r = load_bf16(arena + l.in2_off + pos * l.in2_ps + c * 2, n);
-            ra = lo_half(r); rb = hi_half(r);
-        }
+        if (l.res_mode) load_map(arena + l.in2_off + pos * l.in2_ps, l.in2_8, l.in2_scale, l.in2_zero, c, n, ra, rb);
         if (l.res_mode == 1) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
         a = activate_any(l.act, a, slope); b = activate_any(l.act, b, slope);
         if (l.res_mode == 2) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
-        store_bf16(arena + l.out_off + pos * l.out_ps + c * 2, narrow2(a, b), n);
+        store_map(arena + l.out_off + pos * l.out_ps, l, c, n, a, b);
     };
+    // Of bytes the weights hold the scales and the bias the zeros, but for the taps outside the map: they are zeros too.
+    auto load = [&](const char* at, i64 n, __m512& lo, __m512& hi) __attribute__((always_inline)) {
+        if (l.in8) { load_bytes(at, n, lo, hi); return; }
+        const __m512i v = load_bf16(at, n);
+        lo = lo_half(v); hi = hi_half(v);
+    };
+    const i64 size = l.in8 ? 1 : 2;
     for (i64 b = s.b0; b < s.b1; b++) {
         const char* in = arena + l.in_off + b * l.in_h * l.in_w * l.in_ps;
         for (i64 y = s.y0; y < s.y1; y++) {
@@ -468,22 +646,32 @@ static void run_depthwise(const Layer& l, const Step& s, char* arena) {
                     for (int i = 0; i < 4; i++) { lo[i] = _mm512_loadu_ps(bias + c); hi[i] = _mm512_loadu_ps(bias + c + 16); }
                     for (i64 ky = 0; ky < l.kh; ky++) {
                         const i64 iy = iy0 + ky * d;
-                        if (iy < 0 || iy >= l.in_h) continue;
+                        const bool row = iy >= 0 && iy < l.in_h;
+                        if (!row && !l.in8) continue;
                         for (i64 kx = 0; kx < l.kw; kx++) {
                             const i64 ix = x * l.stride - l.pad_w + kx * d;
                             const float* wt = weights + (ky * l.kw + kx) * cp + c;
-                            const char* at = in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * 2;
+                            if (!row || ix < 0 || ix >= l.in_w) {
+                                if (l.in8)
+                                    for (int i = 0; i < wide; i++) {
+                                        lo[i] = _mm512_fmadd_ps(floats(l.in_zero, c), _mm512_loadu_ps(wt), lo[i]);
+                                        hi[i] = _mm512_fmadd_ps(floats(l.in_zero, c + 16), _mm512_loadu_ps(wt + 16), hi[i]);
+                                    }
+                                continue;
+                            }
+                            const char* at = in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * size;
+                            __m512 va, vb;
                             if (wide == 4) {
                                 const __m512 w0 = _mm512_loadu_ps(wt), w1 = _mm512_loadu_ps(wt + 16);
                                 for (int i = 0; i < 4; i++) {
-                                    const __m512i v = load_bf16(at + i * l.stride * l.in_ps, n);
-                                    lo[i] = _mm512_fmadd_ps(lo_half(v), w0, lo[i]);
-                                    hi[i] = _mm512_fmadd_ps(hi_half(v), w1, hi[i]);
+                                    load(at + i * l.stride * l.in_ps, n, va, vb);
+                                    lo[i] = _mm512_fmadd_ps(va, w0, lo[i]);
+                                    hi[i] = _mm512_fmadd_ps(vb, w1, hi[i]);
                                 }
-                            } else if (ix >= 0 && ix < l.in_w) {
-                                const __m512i v = load_bf16(at, n);
-                                lo[0] = _mm512_fmadd_ps(lo_half(v), _mm512_loadu_ps(wt), lo[0]);
-                                hi[0] = _mm512_fmadd_ps(hi_half(v), _mm512_loadu_ps(wt + 16), hi[0]);
+                            } else {
+                                load(at, n, va, vb);
+                                lo[0] = _mm512_fmadd_ps(va, _mm512_loadu_ps(wt), lo[0]);
+                                hi[0] = _mm512_fmadd_ps(vb, _mm512_loadu_ps(wt + 16), hi[0]);
                             }
                         }
                     }
@@ -510,13 +698,41 @@ static void run_pool(const Layer& l, const Step& s, char* arena) {
                 const i64 x0 = std::max<i64>(0, sx), x1 = std::min(l.in_w, sx + l.kw);
                 const i64 full_w = std::min(sx + l.kw, l.in_w + l.pad_w) - sx;
                 char* out = arena + l.out_off + ((b * l.out_h + y) * l.out_w + x) * l.out_ps;
-                if (l.kh == 1 && l.kw == 1) { copy_bytes(out, in + (sy % l.in_mod * l.in_w + sx) * l.in_ps, l.in_c * 2); continue; }
+                if (l.kh == 1 && l.kw == 1) {
+                    copy_bytes(out, in + (sy % l.in_mod * l.in_w + sx) * l.in_ps, l.in_c * (l.in8 ? 1 : 2));
+                    continue;
+                }
+                if (l.in8 && !l.flavour) {
+                    for (i64 c = 0; c < l.in_c; c += 64) {
+                        const __mmask64 m = l.in_c - c >= 64 ? ~0ull : (1ull << (l.in_c - c)) - 1;
+                        __m512i most = _mm512_setzero_si512();
+                        for (i64 iy = y0; iy < y1; iy++)
+                            for (i64 ix = x0; ix < x1; ix++)
+                                most = _mm512_max_epu8(most, _mm512_maskz_loadu_epi8(
+                                    m, in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c));
+                        _mm512_mask_storeu_epi8(out + c, m, most);
+                    }
+                    continue;
+                }
                 const i64 count = l.flavour == 2 ? full_h * full_w : (y1 - y0) * (x1 - x0);
                 const __m512 scale = _mm512_set1_ps(1.f / std::max<i64>(1, count));
                 for (i64 c = 0; c < l.in_c; c += 32) {
                     const i64 n = std::min<i64>(32, l.in_c - c);
                     const float start = l.flavour ? 0.f : -__builtin_inff();
                     __m512 lo = _mm512_set1_ps(start), hi = lo;
+                    if (l.in8) {  // the mean of numbers of steps, which has its input's scale; padding is the zero's number
+                        const __m512 outside = _mm512_set1_ps((float)(count - (y1 - y0) * (x1 - x0)));
+                        lo = _mm512_mul_ps(floats(l.in_zero, c), outside);
+                        hi = _mm512_mul_ps(floats(l.in_zero, c + 16), outside);
+                        for (i64 iy = y0; iy < y1; iy++)
+                            for (i64 ix = x0; ix < x1; ix++) {
+                                __m512 a, b;
+                                load_bytes(in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c, n, a, b);
+                                lo = _mm512_add_ps(lo, a); hi = _mm512_add_ps(hi, b);
+                            }
+                        store_bytes(out + c, _mm512_mul_ps(lo, scale), _mm512_mul_ps(hi, scale), n);
+                        continue;
+                    }
                     for (i64 iy = y0; iy < y1; iy++)
                         for (i64 ix = x0; ix < x1; ix++) {
                             const __m512i v = load_bf16(in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * 2, n);
@@ -539,8 +755,9 @@ static void run_mean(const Layer& l, const Step& s, char* arena) {
             const i64 n = std::min<i64>(32, l.in_c - c);
             __m512 lo = _mm512_setzero_ps(), hi = lo;
             for (i64 i = 0; i < count; i++) {
-                const __m512i v = load_bf16(in + i * l.in_ps + c * 2, n);
-                lo = _mm512_add_ps(lo, lo_half(v)); hi = _mm512_add_ps(hi, hi_half(v));
+                __m512 a, b;
+                load_map(in + i * l.in_ps, l.in8, l.in_scale, l.in_zero, c, n, a, b);
+                lo = _mm512_add_ps(lo, a); hi = _mm512_add_ps(hi, b);
             }
             const __m512 scale = _mm512_set1_ps(1.f / count);
             store_bf16(arena + l.out_off + b * l.out_ps + c * 2, narrow2(_mm512_mul_ps(lo, scale), _mm512_mul_ps(hi, scale)), n);
@@ -559,15 +776,15 @@ static void run_binary(const Layer& l, const Step& s, char* arena) {
             char* out = arena + l.out_off + pos * l.out_ps;
             for (i64 c = 0; c < l.in_c; c += 32) {
                 const i64 n = std::min<i64>(32, l.in_c - c);
-                const __m512i v = load_bf16(x + c * 2, n);
-                __m512 lo = lo_half(v), hi = hi_half(v);
+                __m512 lo, hi, a, b;
+                load_map(x, l.in8, l.in_scale, l.in_zero, c, n, lo, hi);
                 if (l.flavour) {
-                    const __m512i u = load_bf16(y + c * 2, n);
-                    if (l.flavour == 1) { lo = _mm512_add_ps(lo, lo_half(u)); hi = _mm512_add_ps(hi, hi_half(u)); }
-                    else { lo = _mm512_mul_ps(lo, lo_half(u)); hi = _mm512_mul_ps(hi, hi_half(u)); }
+                    load_map(y, l.in2_8, l.in2_scale, l.in2_zero, c, n, a, b);
+                    if (l.flavour == 1) { lo = _mm512_add_ps(lo, a); hi = _mm512_add_ps(hi, b); }
+                    else { lo = _mm512_mul_ps(lo, a); hi = _mm512_mul_ps(hi, b); }
                 }
                 lo = activate_any(l.act, lo, slope); hi = activate_any(l.act, hi, slope);
-                store_bf16(out + c * 2, narrow2(lo, hi), n);
+                store_map(out, l, c, n, lo, hi);
             }
         }
 }
@@ -577,13 +794,14 @@ static void run_upsample(const Layer& l, const Step& s, char* arena) {
         for (i64 y = s.y0; y < s.y1; y++)
             for (i64 x = 0; x < l.out_w; x++)
                 copy_bytes(arena + l.out_off + ((b * l.out_h + y) * l.out_w + x) * l.out_ps,
-                           arena + l.in_off + ((b * l.in_h + y * l.in_h / l.out_h % l.in_mod) * l.in_w + x * l.in_w / l.out_w) * l.in_ps, l.in_c * 2);
+                           arena + l.in_off + ((b * l.in_h + y * l.in_h / l.out_h % l.in_mod) * l.in_w + x * l.in_w / l.out_w) * l.in_ps,
+                           l.in_c * (l.in8 ? 1 : 2));
 }
 
 static void run_zero(const Layer& l, const Step& s, char* arena) {
     for (i64 b = s.b0; b < s.b1; b++)
         for (i64 i = s.y0 * l.out_w; i < s.y1 * l.out_w; i++)
-            zero_bytes(arena + l.out_off + (b * l.out_h * l.out_w + i) * l.out_ps, l.out_c * 2);
+            zero_bytes(arena + l.out_off + (b * l.out_h * l.out_w + i) * l.out_ps, l.out_c * (l.out8 ? 1 : 2));
 }
 
 static inline bf16 round_bf16(float f) { return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(f)), 0); }
@@ -634,6 +852,12 @@ static void run_output(const Layer& l, const Step& s, char* arena, const Job& jo
             if (l.is_f32) { memcpy(out, in, l.in_c * 4); continue; }
             for (i64 c = 0; c < l.in_c; c += 16) {
                 const __mmask16 m = l.in_c - c >= 16 ? 0xffff : (1u << (l.in_c - c)) - 1;
+                if (l.in8) {
+                    const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, in + c)));
+                    const __m512 zero = _mm512_maskz_loadu_ps(m, (const float*)l.in_zero + c);
+                    _mm512_mask_storeu_ps(out + c, m, _mm512_mul_ps(_mm512_sub_ps(v, zero), _mm512_maskz_loadu_ps(m, (const float*)l.in_scale + c)));
+                    continue;
+                }
                 _mm512_mask_storeu_ps(out + c, m, widen(_mm256_maskz_loadu_epi16(m, in + c * 2)));
             }
         }

@@ -8,7 +8,20 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import torch
 
 from .build import library
-from .layout import BAND, DIRECT, PATCH, Buffer, Layer, Layout, Value, act_fields, arrange, pack_weights
+from .layout import (
+    BAND,
+    DIRECT,
+    PATCH,
+    Buffer,
+    Layer,
+    Layout,
+    Value,
+    act_fields,
+    arrange,
+    float_bits,
+    flow,
+    pack_weights,
+)
 from .plan import Plan
 
 __all__ = ['NativeEngine']
@@ -19,8 +32,8 @@ FIELDS = (
     'kind', 'in_off', 'in_ps', 'in_h', 'in_w', 'in_c', 'out_h', 'out_w', 'kh', 'kw', 'stride', 'pad_h', 'pad_w', 'dil',
     'act', 'act_param', 'res_mode', 'nblocks', 'table', 'weights', 'bias', 'mode', 'tap_c', 'ksteps', 'flavour',
     'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'rows_at_once', 'koff',
-    'planes', 'plane', 'width', 'band_ps', 'by_position',
-    'in_mod')
+    'planes', 'plane', 'width', 'band_ps', 'by_position', 'in_mod', 'in8', 'out8', 'in2_8', 'flow', 'fill', 'in_scale',
+    'in_zero', 'in2_scale', 'in2_zero', 'out_inv', 'out_zero', 'dense')
 CHUNK = 4  # pictures that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
 LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 700 << 10  # the same, for weights above this size
@@ -57,18 +70,22 @@ class NativeEngine:
         Args:
             plan: The network.
             threads: Threads that compute.
-            precision: What the maps and weights are kept in: ``'bfloat16'``.
+            precision: What the maps and weights are kept in: ``'bfloat16'``, or ``'int8'``.
 
         Raises:
-            ValueError: If the precision is unknown or there are no threads.
+            ValueError: If the precision is unknown, the plan has no ranges for int8, or there are no threads.
             RuntimeError: If the engine cannot run on this machine.
         """
-        if precision != 'bfloat16':
-            raise ValueError(f'precision={precision!r} is not known to the native engine, choose \'bfloat16\'.')
+        if precision not in ('bfloat16', 'int8'):
+            raise ValueError(
+                f'precision={precision!r} is not known to the native engine, choose \'bfloat16\' or \'int8\'.')
+        if precision == 'int8' and plan.ranges is None:
+            raise ValueError('precision=\'int8\' takes a plan with the ranges of its maps: calibrate it.')
         if threads < 1:
             raise ValueError(f'threads={threads}: at least one thread must compute.')
         self.plan = plan
         self.threads = threads
+        self.precision = precision
         self._lib = library()
         assert self._lib.csp_record() == len(FIELDS)
         self._lock = threading.Lock()
@@ -120,7 +137,7 @@ class _Size:
 
     def __init__(self, engine: NativeEngine, height: int, width: int) -> None:
         self.engine = engine
-        self.layout = arrange(engine.plan, height, width)
+        self.layout = arrange(engine.plan, height, width, engine.precision)
         self.programs: Dict[int, _Program] = {}
         self.outputs = [(layer.ins[0].c, layer.ins[0].h, layer.ins[0].w, layer['vector'])
                         for layer in self.layout.layers if layer.op == 'output']
@@ -128,7 +145,8 @@ class _Size:
         for i, layer in enumerate(self.layout.layers):
             if layer.op == 'conv':
                 # The same at every size of picture, as the layers are; their shapes say so.
-                key = (i, layer['kernel'], *(tuple(w.shape) for w in layer.weights))
+                key = (i, layer['kernel'], *(v.is8 for v in layer.reads + layer.outs),
+                       *(tuple(w.shape) for w in layer.weights))
                 if key not in engine._weights:
                     engine._weights[key] = _pack(layer)
                 self.packed[layer] = engine._weights[key]
@@ -158,12 +176,19 @@ def _pack(layer: Layer) -> Dict[str, Any]:
     if layer.depthwise:
         weight, bias = layer.weights[0], layer.biases[0]
         pad = -len(bias) % 32
+        x = layer.ins[0]
+        if x.is8:
+            scale, zero, _ = x.tables
+            weight = weight * scale[:x.c, None, None, None]
+            bias = bias - weight.sum((1, 2, 3)) * zero[:x.c]
         taps = torch.nn.functional.pad(weight.flatten(1).t(), (0, pad)).contiguous()
         return {'weights': taps.float(), 'bias': torch.nn.functional.pad(bias, (0, pad)).contiguous()}
     packed = pack_weights(layer)
-    for key in ('weights', 'bias'):
+    for key in ('weights', 'bias', *(['epilogue'] if 'epilogue' in packed else [])):
         tensor = packed[key]
         memory = _Memory(tensor.numel() * tensor.element_size() + 64)
+        if key == 'epilogue':
+            packed['epilogue_bytes'] = tensor.shape[1]
         ctypes.memmove(memory.address, tensor.data_ptr(), tensor.numel() * tensor.element_size())
         packed[key] = memory
     return packed
@@ -171,6 +196,11 @@ def _pack(layer: Layer) -> Dict[str, Any]:
 
 def _address(memory: Any) -> int:
     return memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.address
+
+
+def _epilogue_address(packed: Dict[str, Any], block: int) -> int:
+    memory = packed.get('epilogue')
+    return 0 if memory is None else memory.address + block * packed['epilogue_bytes']
 
 
 class _Program:
@@ -224,10 +254,21 @@ class _Program:
             x = layer.ins[0]
             direct = _reads_in_place(layer, packed)
             r.update(in_off=_at(x, start, row if direct else 0, rank, own), in_ps=x.buffer.stride, in_h=x.h, in_w=x.w,
-                     in_c=x.c, in_mod=x.buffer.rows)
+                     in_c=x.c, in_mod=x.buffer.rows, in8=x.is8)
+            if x.is8:
+                scale, zero, fill = x.tables
+                r.update(in_scale=scale.data_ptr(), in_zero=zero.data_ptr(), fill=fill.data_ptr())
+        other = layer.res if layer.res is not None else layer.ins[1] if len(layer.ins) > 1 else None
+        if other is not None:
+            r['in2_8'] = other.is8
+            if other.is8:
+                r.update(in2_scale=other.tables[0].data_ptr(), in2_zero=other.tables[1].data_ptr())
         if layer.outs:
             y = layer.outs[0]
-            r.update(out_off=_at(y, start, row, rank, own), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c)
+            r.update(out_off=_at(y, start, row, rank, own), out_ps=y.buffer.stride, out_h=y.h, out_w=y.w, out_c=y.c,
+                     out8=y.is8)
+            if y.is8:
+                r.update(out_inv=float_bits(1 / y.step), out_zero=float_bits(float(y.tables[1][0])))
         r['act'], r['act_param'] = act_fields(layer)
         if layer.op in ('conv', 'pool'):
             r.update(kh=layer['kernel'][0], kw=layer['kernel'][1], stride=layer['stride'], pad_h=layer['pad'][0],
@@ -241,25 +282,27 @@ class _Program:
                     r.update(in2_off=_at(layer.res, start, row, rank, own), in2_ps=layer.res.buffer.stride)
                 return r
             table: List[int] = []
-            for index, first, count, a_off in packed['blocks']:
+            r.update(flow=flow(layer), dense=packed['dense'])
+            size, item = layer.ins[0].item, 4 if layer.is_f32 else layer.outs[0].item
+            for number, (index, first, count, a_off) in enumerate(packed['blocks']):
                 v, res = layer.outs[index], layer.res
                 # The last block of a buffer also fills the room behind it.
                 whole = v.offset + v.c == v.buffer.c and first + count == v.c and (
-                    layer.is_f32 or (v.offset + first + 32) * 2 <= v.buffer.stride)
-                table += [_at(v, start, row, rank, own) + first * (4 if layer.is_f32 else 2), v.buffer.stride,
-                          32 if whole else count]
-                table += [0, 0] if res is None else [_at(res, start, row, rank, own) + first * 2, res.buffer.stride]
-                table.append(a_off)
+                    layer.is_f32 or (v.offset + first + 32) * item <= v.buffer.stride)
+                table += [_at(v, start, row, rank, own) + first * item, v.buffer.stride, 32 if whole else count]
+                table += [0, 0] if res is None else [
+                    _at(res, start, row, rank, own) + first * res.item, res.buffer.stride]
+                table += [a_off, _epilogue_address(packed, number)]
             mode, tap_c = packed['mode'], packed['tap_c']
             width, s, d = layer.outs[0].w, layer['stride'], layer['dilation']
             span = width + (r['kw'] - 1) * d // s
             # Rows whose ends leave tiles half empty are taken as one, with the zeros between them.
-            flat = mode == BAND and span < (width + 15) // 16 * 16
+            flat = mode == BAND and span < (width + 15) // 16 * 16 and not (packed['dense'] and s > 1)
             planes = s if flat else 1
             if not flat:
                 span = (width - 1) * s + (r['kw'] - 1) * d + 1
-            patch = (r['kh'] * r['kw'] * tap_c * 2 + 63) // 64 * 64
-            px = tap_c * 2
+            patch = (r['kh'] * r['kw'] * tap_c * size + 63) // 64 * 64
+            px = tap_c * size
             if mode == BAND and px % 256 == 0:
                 px += 64  # or the pixels of a tile would share a few sets of the first-level cache
             per_row = {DIRECT: width * r['in_ps'], PATCH: width * patch, BAND: span * px * s * planes}[mode]
@@ -270,7 +313,9 @@ class _Program:
             rows = -(-everything // -(-everything // rows))
             plane = (min(rows, r['out_h']) - 1) * (s // planes) + (r['kh'] - 1) * d // planes + 1
             koff = packed['koff']
-            if mode == BAND:
+            if packed['dense']:
+                koff = [ky * span * px + k * 64 for ky in range(r['kh']) for k in range((r['kw'] * px + 63) // 64)]
+            elif mode == BAND:
                 koff = [(((ky * d % planes * planes + kx * d % planes) * plane + ky * d // planes) * span
                          + kx * d // planes) * px + cb * 64
                         for cb in range(packed['channel_blocks']) for ky in range(r['kh']) for kx in range(r['kw'])]
@@ -312,7 +357,7 @@ def _at(value: Value, start: int, row: int, rank: int, first: int) -> int:
     """
     buffer = value.buffer
     assert buffer is not None
-    at = buffer.address + value.offset * 2 - row // buffer.rows * buffer.rows * buffer.w * buffer.stride
+    at = buffer.address + value.offset * value.item - row // buffer.rows * buffer.rows * buffer.w * buffer.stride
     if buffer.own:
         at += rank * buffer.own - (start if buffer.local else first) * buffer.h * buffer.w * buffer.stride
     return at

@@ -4,17 +4,24 @@ An operation of a plan becomes a :class:`Layer` unless it is no work at all. Act
 convolution before them, convolutions that read the same map become one, and what a concatenation joins is written where
 the concatenation will be read.
 """
+import functools
 import itertools
 import struct
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 
-from .plan import ACTIVATIONS, Plan
+from .plan import ACTIVATIONS, Plan, UnsupportedNetwork
 
 __all__ = ['Layer', 'Layout', 'Value', 'arrange']
 
 DIRECT, BAND, PATCH = range(3)
+HALF, BYTES, FROM_HALF, FROM_BYTES = range(4)
+
+SMALLEST_STEP = 2. ** -14  # of a map in bytes, whose inverse float16 can hold
+SHIFTED = 32767  # what sums in int32 are shifted to fit into
+LANES = [8 * (i % 16 // 4) + 4 * (i // 16) + i % 4 for i in range(32)]  # where _mm512_packs_epi32 leaves each channel
 
 
 class Value:
@@ -29,14 +36,43 @@ class Value:
         self.is_output = False
         self.base: Optional[Value] = None  # of a slice
         self.start = 0
+        # Of a map in bytes, by channel: what a step stands for, and which byte stands for zero.
+        self.scale: Optional[torch.Tensor] = None
+        self.zero: Optional[torch.Tensor] = None
+
+    @property
+    def step(self) -> float:
+        """Of a map in bytes with one scale, what a step stands for."""
+        assert self.scale is not None
+        return float(self.scale[0])
+
+    @property
+    def is8(self) -> bool:
+        """Whether it lies in bytes, and not in bfloat16."""
+        return self.scale is not None
+
+    @property
+    def item(self) -> int:
+        """Bytes of one channel."""
+        return 1 if self.is8 else 2
+
+    @functools.cached_property
+    def tables(self) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a map in bytes the scales, the zeros, and the zeros in bytes, with room behind them."""
+        assert self.scale is not None and self.zero is not None
+        scale, zero = (F.pad(v, (0, -self.c % 64 + 64)) for v in (self.scale, self.zero))
+        return scale, zero, zero.to(torch.uint8)
 
 
 class Buffer:
     """Memory of one or several maps side by side in channels; ``stride`` bytes from pixel to pixel."""
 
-    def __init__(self, c: int, h: int, w: int) -> None:
+    def __init__(self, c: int, h: int, w: int, is8: bool) -> None:
         self.c, self.h, self.w, self.rows = c, h, w, h
-        self.stride = 2 * (c if c < 16 else (c + 31) // 32 * 32)
+        if is8:
+            self.stride = (c + 15) // 16 * 16
+        else:
+            self.stride = 2 * (c if c < 16 else (c + 31) // 32 * 32)
         self.first, self.last = 1 << 60, -1
         self.address = 0
         self.alone = False
@@ -55,6 +91,7 @@ class Layer:
         self.act, self.slope, self.res, self.res_mode = 'none', 0., None, 0  # type: str, float, Optional[Value], int
         self.weights: List[torch.Tensor] = []  # of each output of a convolution
         self.biases: List[torch.Tensor] = []
+        self.peaks: List[float] = []  # the largest magnitude of each output's sums, where maps lie in bytes
         self.depthwise = False
         self.is_f32 = False
 
@@ -84,19 +121,26 @@ class Layout:
         return self._readers[value]
 
 
-def arrange(plan: Plan, height: int, width: int) -> Layout:
+def arrange(plan: Plan, height: int, width: int, precision: str = 'bfloat16') -> Layout:
     """Fuse a plan's operations and give every map its place.
 
     Args:
         plan: The plan.
         height: Height of the pictures.
         width: Width of the pictures.
+        precision: ``'bfloat16'``, or ``'int8'`` for maps in bytes. Pictures, and means
+            and what becomes of them, are in bfloat16 always.
 
     Returns:
         The layers and buffers.
+
+    Raises:
+        UnsupportedNetwork: If maps in bytes would have to be concatenated with others.
     """
     shapes = plan.shapes(height, width)
     values = [Value(s) for s in shapes]
+    if precision == 'int8':
+        _quantize(plan, values)
     layers = [Layer('input', [], [values[0]])]
     for i, op in enumerate(plan.operations):
         kind, out = op['op'], values[i + 1]
@@ -118,6 +162,7 @@ def arrange(plan: Plan, height: int, width: int) -> Layout:
             if not layer.depthwise:
                 weight, layer.fields['groups'] = _regroup(weight, op['groups'])
             layer.weights, layer.biases = [weight], [plan.tensors[f'{i}.bias']]
+            layer.peaks = [plan.ranges[i][2] if plan.ranges is not None else 0.]
         layers.append(layer)
     outputs = []
     for index, (v, vector) in enumerate(plan.outputs):
@@ -130,6 +175,7 @@ def arrange(plan: Plan, height: int, width: int) -> Layout:
         if layer.op == 'output' and layer.ins[0].layer is not None:
             source = layer.ins[0].layer
             if (source.op == 'conv' and not source.depthwise and len(source.outs) == 1 and source.res is None
+                    and not source.outs[0].is8
                     and len(source.outs[0].users) == 1 and source.outs[0].h * source.outs[0].w == 1):
                 source.is_f32 = layer.is_f32 = True
     layers = _place(layers)
@@ -139,6 +185,37 @@ def arrange(plan: Plan, height: int, width: int) -> Layout:
             if value.buffer is not None and value.buffer not in buffers:
                 buffers.append(value.buffer)
     return Layout(layers, values, buffers)
+
+
+def _quantize(plan: Plan, values: List[Value]) -> None:
+    """Say which maps lie in bytes, and how: a map has one scale, a concatenation those of its parts."""
+    vectors = {v for v, vector in plan.outputs if vector}
+    means = set()
+    for i, op in enumerate(plan.operations):
+        kind, out = op['op'], values[i + 1]
+        first = op['xs'][0] if kind == 'cat' else op['x']
+        source = values[first]
+        if kind == 'mean' or first in means:
+            means.add(i + 1)  # and what becomes of it
+        elif kind in ('conv', 'act', 'add', 'mul'):
+            if i + 1 not in vectors:
+                assert plan.ranges is not None
+                low, high, _ = plan.ranges[i]
+                step = (high - low) / 255
+                step = step if step > SMALLEST_STEP else 1. if low == high else SMALLEST_STEP
+                out.scale, out.zero = torch.full((out.c,), step), torch.full((out.c,), float(round(-low / step)))
+        elif kind == 'cat':
+            parts = [values[v] for v in op['xs']]
+            if len({v.is8 for v in parts}) > 1:
+                raise UnsupportedNetwork(
+                    f'The native engine cannot concatenate maps in bytes with others in int8, as operation {i} does.')
+            if source.is8:
+                out.scale, out.zero = (torch.cat([getattr(v, name) for v in parts]) for name in ('scale', 'zero'))
+        elif source.is8 and kind == 'zeros':
+            out.scale, out.zero = torch.ones(out.c), torch.zeros(out.c)
+        elif source.is8:
+            part = slice(op.get('start'), op.get('stop'))
+            out.scale, out.zero = source.scale[part], source.zero[part]  # type: ignore[index]
 
 
 def _regroup(weight: torch.Tensor, groups: int) -> Tuple[torch.Tensor, int]:
@@ -191,6 +268,7 @@ def _split_by_slices(layers: List[Layer]) -> List[Layer]:
                     part = Layer('conv', layer.ins, [target], layer.fields)
                     part.weights = [layer.weights[0][s['start']:s['stop']]]
                     part.biases = [layer.biases[0][s['start']:s['stop']]]
+                    part.peaks = layer.peaks
                     if act is not None:
                         part.act, part.slope = act['kind'], act['slope']
                     result.append(part)
@@ -252,6 +330,7 @@ def _merge_parallel(layers: List[Layer]) -> List[Layer]:
                 first.outs = first.outs + layer.outs
                 first.weights = first.weights + layer.weights
                 first.biases = first.biases + layer.biases
+                first.peaks = first.peaks + layer.peaks
                 continue
             found[key] = layer
         result.append(layer)
@@ -268,7 +347,7 @@ def _place(layers: List[Layer]) -> List[Layer]:
             out.buffer, out.offset = layer.ins[0].buffer, layer.ins[0].offset
             continue
         if out.buffer is None:
-            out.buffer = Buffer(out.c, out.h, out.w)
+            out.buffer = Buffer(out.c, out.h, out.w, out.is8)
         at = out.offset
         for k, v in enumerate(layer.ins):
             root = v.base if v.base is not None else v
@@ -279,6 +358,7 @@ def _place(layers: List[Layer]) -> List[Layer]:
                     root.buffer, root.offset = out.buffer, start
                 elif not (v.base is not None and root.buffer is out.buffer and root.offset + v.start == at):
                     copy = Value((v.c, v.h, v.w))
+                    copy.scale, copy.zero = v.scale, v.zero
                     copy.buffer, copy.offset = out.buffer, at
                     copies.setdefault(layer, []).append(Layer(
                         'pool', [v], [copy], {'kind': 'max', 'kernel': [1, 1], 'stride': 1, 'pad': [0, 0]}))
@@ -292,7 +372,7 @@ def _place(layers: List[Layer]) -> List[Layer]:
             if v.base is not None:
                 v.buffer, v.offset = v.base.buffer, v.base.offset + v.start
             elif v.buffer is None:
-                v.buffer = Buffer(v.c, v.h, v.w)
+                v.buffer = Buffer(v.c, v.h, v.w, v.is8)
                 if layer.is_f32:
                     v.buffer.stride, v.buffer.alone = (v.c + 31) // 32 * 32 * 4, True
     _link(result)
@@ -323,62 +403,159 @@ def _covers(ins: List[Value], k: int, root: Value, start: int) -> bool:
     return low <= -start and root.c - start <= high
 
 
+def flow(layer: Layer) -> int:
+    """Which of the engine's ways from sums to maps a convolution takes."""
+    x, out, res = layer.ins[0].is8, layer.outs[0].is8, layer.res is None or layer.res.is8
+    if x and out and res:
+        return BYTES
+    if x:
+        return FROM_BYTES
+    return FROM_HALF if out or (layer.res is not None and res) else HALF
+
+
 def pack_weights(layer: Layer) -> Dict[str, Any]:
     """Blocks of 32 output channels in the order the tiles want, and what the engine must know of them.
 
     Returns:
         ``mode``, ``tap_c``, ``ksteps``, ``koff`` and ``channel_blocks`` as the engine has them, the tensors ``weights``
-        and ``bias``, and ``blocks``: the output each belongs to, its first channel there, how many, and where in the
-        input its channels begin, in bytes.
+        and ``bias``, and of maps in bytes ``epilogue``; ``dense`` if a step takes what lies side by side in a row of
+        the kernel, over the borders of its taps; and ``blocks``: the output each belongs to, its first channel there,
+        how many, and where in the input its channels begin, in bytes.
     """
     x = layer.ins[0]
     kh, kw = layer['kernel']
     groups, stride = layer['groups'], layer['stride']
     point = kh == kw == 1
-    # What lies behind a number of channels that is no multiple of 32 is multiplied by zero, and must be a number.
-    clean = x.c % 32 == 0 or (x.buffer is not None and x.buffer.c == x.c and x.layer is not None
-                              and x.layer.op == 'conv' and not x.layer.depthwise)
+    step = 64 // x.item  # channels of a step of the product
+    # What lies behind a number of channels that is no multiple of a step is multiplied by zero, and must be a number.
+    clean = x.is8 or x.c % 32 == 0 or (x.buffer is not None and x.buffer.c == x.c and x.layer is not None
+                                       and x.layer.op == 'conv' and not x.layer.depthwise)
     if point and stride == 1 and tuple(layer['pad']) == (0, 0) and clean:
         mode = DIRECT
-    elif groups == 1 and x.c % 32 and (x.c <= 48 or point):
+    elif groups == 1 and x.c % 32 and (x.c <= 48 or point) and not x.is8:
         mode = PATCH
     elif not point:
         mode = BAND
     else:
         mode = PATCH
     per_group = x.c // groups
-    tight = mode == PATCH and groups == 1 and x.c % 32 != 0
-    tap_c = x.c if tight else (x.c + 31) // 32 * 32
-    panels, biases, blocks = [], [], []
+    tight = mode == PATCH and groups == 1 and x.c % step != 0
+    dense = mode == BAND and x.is8 and groups == 1 and x.c % step != 0 and layer['dilation'] == 1
+    tap_c = x.c if tight else _up(x.c, 16 if dense else step)
+    panels, biases, blocks, epilogues = [], [], [], []
     for index, (weight, bias) in enumerate(zip(layer.weights, layer.biases)):
         out_c = weight.shape[0]
         out_per_group = out_c // groups
+        numbers: Dict[str, torch.Tensor] = {}
+        if flow(layer) != HALF:
+            weight, bias, numbers = _in_bytes(layer, index)
         for g in range(groups):
             for first in range(g * out_per_group, (g + 1) * out_per_group, 32):
                 count = min(32, (g + 1) * out_per_group - first)
                 w = weight[first:first + count]
-                w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, 0, 0, 32 - count))
+                w = F.pad(w, (0, 0, 0, 0, 0, 0, 0, 32 - count))
                 if tight:
                     flat = w.permute(0, 2, 3, 1).reshape(32, -1)
+                elif dense:
+                    rows = F.pad(w, (0, 0, 0, 0, 0, tap_c - x.c)).permute(0, 2, 3, 1).reshape(32, kh, kw * tap_c)
+                    flat = F.pad(rows, (0, _up(kw * tap_c, step) - kw * tap_c)).reshape(32, -1)
                 else:
-                    wide = (per_group + 31) // 32 * 32
-                    w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, wide - per_group))
-                    # K runs over blocks of 32 channels, within them over the taps.
-                    flat = w.reshape(32, wide // 32, 32, kh * kw).permute(0, 1, 3, 2).reshape(32, -1)
-                ksteps = (flat.shape[1] + 31) // 32
-                flat = torch.nn.functional.pad(flat, (0, ksteps * 32 - flat.shape[1]))
-                panels.append(flat.reshape(2, 16, ksteps, 16, 2).permute(2, 0, 3, 1, 4).contiguous())
-                biases.append(torch.nn.functional.pad(bias[first:first + count], (0, 32 - count)))
-                blocks.append((index, first, count, g * per_group * 2))
+                    wide = _up(per_group, step)
+                    w = F.pad(w, (0, 0, 0, 0, 0, wide - per_group))
+                    # K runs over blocks of channels, within them over the taps.
+                    flat = w.reshape(32, wide // step, step, kh * kw).permute(0, 1, 3, 2).reshape(32, -1)
+                ksteps = _up(flat.shape[1], step) // step
+                flat = F.pad(flat, (0, ksteps * step - flat.shape[1]))
+                panels.append(flat.reshape(2, 16, ksteps, 16, step // 16).permute(2, 0, 3, 1, 4).contiguous())
+                biases.append(F.pad(bias[first:first + count], (0, 32 - count)))
+                blocks.append((index, first, count, g * per_group * x.item))
+                if numbers:
+                    epilogues.append(_epilogue(
+                        {k: F.pad(v[first:first + count], (0, 32 - count)) for k, v in numbers.items()}))
     koff: List[int] = []  # of a band it depends on the number of rows
     if tight or mode == DIRECT:
         koff = [k * 64 for k in range(ksteps)]
     elif mode == PATCH:
-        koff = [tap * tap_c * 2 + cb * 64 for cb in range((per_group + 31) // 32) for tap in range(kh * kw)]
-    return dict(mode=mode, tap_c=tap_c, ksteps=ksteps, koff=koff, channel_blocks=(per_group + 31) // 32, blocks=blocks,
-                weights=torch.stack(panels).to(torch.bfloat16).contiguous(), bias=torch.cat(biases).contiguous())
+        koff = [tap * tap_c * x.item + cb * 64
+                for cb in range(_up(per_group, step) // step) for tap in range(kh * kw)]
+    packed = dict(
+        mode=mode, tap_c=tap_c, ksteps=ksteps, koff=koff, channel_blocks=_up(per_group, step) // step, blocks=blocks,
+        dense=dense, weights=torch.stack(panels).to(torch.int8 if x.is8 else torch.bfloat16).contiguous(),
+        bias=torch.cat(biases).to(torch.int32 if x.is8 else torch.float32).contiguous())
+    if epilogues:
+        packed['epilogue'] = torch.stack(epilogues)
+    return packed
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _in_bytes(layer: Layer, index: int) -> Tuple[torch.Tensor, torch.Tensor, Dict[str, torch.Tensor]]:
+    """Weights and bias of one output for maps in bytes, and by channel the numbers of what follows the sums.
+
+    A sum of products of bytes stands for ``unit`` times itself. With the bias it is shifted into sixteen bits, and
+    everything from there to the bytes of the result is float16; where one of the two maps is not in bytes it is float32
+    and without the shift.
+    """
+    x, out, res, groups = layer.ins[0], layer.outs[index], layer.res, layer['groups']
+    weight, bias = layer.weights[index].double(), layer.biases[index].double()
+    ones = torch.ones_like(bias)
+    inverse, zero = (1 / out.scale.double(), out.zero.double()) if out.is8 else (ones, 0 * ones)  # type: ignore[union-attr]
+    res_mul, res_add = ones, 0 * ones
+    if res is not None and res.is8:
+        res_mul = res.scale.double()  # type: ignore[union-attr]
+        res_add = -res.zero.double() * res_mul  # type: ignore[union-attr]
+    kind = flow(layer)
+    if not x.is8:
+        return weight.float(), bias.float(), dict(
+            mul=ones, res_mul=res_mul, res_add=res_add, inv=inverse, add=zero)
+    # Each group has the scales of its own channels.
+    scales, zeros = (
+        v.double().view(groups, 1, -1).expand(-1, len(bias) // groups, -1).reshape(len(bias), -1)[..., None, None]
+        for v in (x.scale, x.zero))  # type: ignore[union-attr]
+    weight = weight * scales
+    limit = 2 * layer.peaks[index] * ones  # of a sum, twice of what there was
+    linear = layer.act in ('none', 'relu', 'leaky_relu')
+    if layer.res_mode == 1:
+        limit = limit + res_add.abs()
+    if not linear:
+        limit = limit.clamp(min=2.)
+    unit = torch.maximum(weight.flatten(1).abs().amax(dim=1) / 127, limit / 2 ** 30).clamp(min=1e-30)
+    weight = (weight / unit[:, None, None, None]).round()
+    if kind == BYTES and layer.res_mode == 1:
+        bias = bias + res_add
+    bias = (bias / unit - (weight * zeros).sum((1, 2, 3))).round().clamp(-2 ** 30, 2 ** 30)
+    if kind == FROM_BYTES:
+        return weight.float(), bias, dict(mul=unit, res_mul=res_mul, res_add=res_add, inv=inverse, add=zero)
+    shift = (limit / unit / SHIFTED).clamp(min=1.).log2().ceil()
+    bias = bias + (2 ** shift / 2).floor()  # what is shifted out is rounded
+    mul = unit * 2 ** shift
+    if layer.res_mode == 2:
+        zero = zero + res_add * inverse
+        res_mul = res_mul * inverse
+    if linear:  # in steps of the result throughout
+        mul = mul * inverse
+        res_mul = res_mul * inverse if layer.res_mode == 1 else res_mul
+        inverse = ones
+    return weight.float(), bias, dict(shift=shift, mul=mul, res_mul=res_mul, inv=inverse, add=zero)
+
+
+def _epilogue(numbers: Dict[str, torch.Tensor]) -> torch.Tensor:
+    """The numbers of 32 channels as the engine's structures have them, in bytes."""
+    if 'shift' not in numbers:
+        return torch.cat([numbers[k].float() for k in ('mul', 'res_mul', 'res_add', 'inv', 'add')]).view(torch.uint8)
+    lanes = torch.empty(32, dtype=torch.long)
+    lanes[torch.tensor(LANES)] = torch.arange(32)
+    halves = torch.cat([numbers[k][lanes].half() for k in ('mul', 'res_mul', 'inv', 'add')])
+    return torch.cat([numbers['shift'].int().view(torch.uint8), halves.view(torch.uint8)])
 
 
 def act_fields(layer: Layer) -> Tuple[int, int]:
     """Number and parameter of a layer's activation, as the engine reads them."""
-    return ACTIVATIONS.index(layer.act), struct.unpack('<i', struct.pack('<f', layer.slope))[0]
+    return ACTIVATIONS.index(layer.act), float_bits(layer.slope)
+
+
+def float_bits(value: float) -> int:
+    """A float32 as the integer of the same bits."""
+    return struct.unpack('<i', struct.pack('<f', value))[0]

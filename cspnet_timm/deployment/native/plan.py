@@ -13,6 +13,7 @@ POOLS = ('max', 'mean', 'mean_padded')
 MAX_SIDE, MAX_CHANNELS, MAX_OPERATIONS, MAX_KERNEL, MAX_ELEMENTS = 1 << 14, 1 << 16, 1 << 14, 64, 1 << 28
 
 Shape = Tuple[int, int, int]
+Range = Tuple[float, float, float]
 
 
 class UnsupportedNetwork(ValueError):
@@ -45,6 +46,7 @@ class Plan:
             operations: List[Dict[str, Any]],
             outputs: List[Tuple[int, bool]],
             tensors: Dict[str, torch.Tensor],
+            ranges: Optional[List[Range]] = None,
     ) -> None:
         """
         Args:
@@ -52,6 +54,8 @@ class Plan:
             operations: What is computed, each a dictionary with ``op`` and the fields of that operation.
             outputs: Values that are returned, each with True if it is a vector and not a map.
             tensors: ``'<i>.weight'`` and ``'<i>.bias'`` of each convolution ``i``.
+            ranges: For maps of bytes, of what each operation gives, the ends of the range that 256 steps shall cover,
+                with zero between them, and the largest magnitude that is expected at all.
 
         Raises:
             ValueError: If anything of it is not as it must be; the message names the field.
@@ -60,13 +64,14 @@ class Plan:
         self.operations = operations
         self.outputs = outputs
         self.tensors = tensors
+        self.ranges = ranges
         self._check()
         self.shapes(*input_shape[1:])
 
     def to_bytes(self) -> Tuple[str, Dict[str, torch.Tensor]]:
         """The plan as JSON, and its tensors."""
         text = json.dumps({'format': 1, 'input': self.input_shape, 'operations': self.operations,
-                           'outputs': self.outputs})
+                           'outputs': self.outputs, 'ranges': self.ranges})
         return text, dict(self.tensors)
 
     @classmethod
@@ -100,7 +105,7 @@ class Plan:
             if not isinstance(item, list) or len(item) != 2 or not isinstance(item[1], bool):
                 raise ValueError(f'The plan\'s field outputs[{i}] is no pair of a number and a truth value.')
             outputs.append((_integer(item[0], f'outputs[{i}]', 0, MAX_OPERATIONS), item[1]))
-        return cls((shape[0], shape[1], shape[2]), data['operations'], outputs, tensors)
+        return cls((shape[0], shape[1], shape[2]), data['operations'], outputs, tensors, data.get('ranges'))
 
     def _check(self) -> None:
         """Types and ranges of all that does not depend on the size of the picture."""
@@ -111,6 +116,14 @@ class Plan:
             raise ValueError(f'The plan\'s field \'operations\' has over {MAX_OPERATIONS} entries.')
         for value, _ in self.outputs:
             _integer(value, 'outputs', 0, len(self.operations))
+        if self.ranges is not None and (not isinstance(self.ranges, list) or len(self.ranges) != len(self.operations)):
+            raise ValueError('The plan\'s field \'ranges\' is no list of one range for each operation.')
+        for i, numbers in enumerate(self.ranges or []):
+            if not isinstance(numbers, (list, tuple)) or len(numbers) != 3 or not all(
+                    isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e30 for v in numbers):
+                raise ValueError(f'The plan\'s field ranges[{i}] is no three numbers below 1e30.')
+            if not numbers[0] <= 0 <= min(numbers[1:]):
+                raise ValueError(f'The plan\'s field ranges[{i}] is {numbers}, and has no zero between its ends.')
         names: set = set()
         for i, op in enumerate(self.operations):
             where = f'operations[{i}]'
