@@ -33,11 +33,13 @@ FIELDS = (
     'act', 'act_param', 'res_mode', 'nblocks', 'table', 'weights', 'bias', 'mode', 'tap_c', 'ksteps', 'flavour',
     'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'rows_at_once', 'koff',
     'planes', 'plane', 'width', 'band_ps', 'by_position', 'in_mod', 'in8', 'out8', 'in2_8', 'flow', 'fill', 'in_scale',
-    'in_zero', 'in2_scale', 'in2_zero', 'out_inv', 'out_zero', 'dense')
+    'in_zero', 'in2_scale', 'in2_zero', 'out_inv', 'out_zero',
+    'steps_at_once', 'fetch', 'dense')
 CHUNK = 4  # pictures that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
 LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 700 << 10  # the same, for weights above this size
-STREAMED_WEIGHTS = 1200 << 10  # of a layer up to which they stream past each position
+STREAMED_WEIGHTS = 1200 << 10  # of a layer up to which they stream past each position, unless it reads these again
+STEPS_AT_ONCE = 16  # of the product, whose weights for a block of channels half fill the first-level cache
 SEGMENT_WEIGHTS = 600 << 10  # of layers that are worked through together
 TOGETHER_WEIGHTS = 1500 << 10  # of a layer above which the threads share it, each with some of the output channels
 BAND_BYTES = 800 << 10  # of all maps of such layers, for the rows that are worked on
@@ -198,6 +200,14 @@ def _address(memory: Any) -> int:
     return memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.address
 
 
+def _order(mode: int, packed: Dict[str, Any]) -> Dict[str, int]:
+    """Whether positions or output channels are outside, and how many steps of the product are done at a time."""
+    steps, large = packed['ksteps'], _weight_bytes_of(packed) > STREAMED_WEIGHTS
+    if not large and mode != BAND:
+        return dict(by_position=True, steps_at_once=steps)
+    return dict(fetch=large, steps_at_once=-(-steps // -(-steps // STEPS_AT_ONCE)))
+
+
 def _epilogue_address(packed: Dict[str, Any], block: int) -> int:
     memory = packed.get('epilogue')
     return 0 if memory is None else memory.address + block * packed['epilogue_bytes']
@@ -324,7 +334,7 @@ class _Program:
             r.update(nblocks=len(packed['blocks']), table=ctypes.addressof(tables[0]), koff=ctypes.addressof(tables[1]),
                      mode=mode, tap_c=tap_c, ksteps=packed['ksteps'], flat=flat, rows_at_once=rows,
                      planes=planes, plane=plane, width=span, band_ps=px,
-                     by_position=_weight_bytes_of(packed) <= STREAMED_WEIGHTS)
+                     **_order(mode, packed))
             self.tiles = max(self.tiles, rows * ((span + 15) // 16 + 1) + 2 * self.pictures + 2)
             slack = 32 * max(px * s, patch) + 4096
             if mode == PATCH:
