@@ -257,13 +257,13 @@ def _bytes(cost: Dict[str, int], batch: int, precision: str) -> int:
 
 
 def measure_promise(batch: int, size: int, settings: Settings) -> List[Dict[str, Any]]:
-    """Each CSP network and its plain counterpart, both deployed, in floating point."""
+    """Each CSP network and its plain counterpart, both deployed, in every precision."""
     cases = []
     for pair in PROMISES:
         names = PAPER_PAIRS[pair].csp, PAPER_PAIRS[pair].plain
         costs = [count(name, size) for name in names]
         x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(settings.device)
-        for precision in (p for p in native_precisions(settings.device) if p in TORCH_TYPES):
+        for precision in native_precisions(settings.device):
             ready = []
             for name in names:
                 say(f'{name} {size} {batch} {precision} deploy')
