@@ -403,6 +403,8 @@ def _drop_block(rate: float, levels_behind: int) -> Optional[Callable[[], nn.Mod
 
 
 def _init_weights(module: nn.Module, name: str, zero_init_last: bool = False) -> None:
+    if any(p.is_meta for p in module.parameters(recurse=False)):
+        return  # there are no values, and to compute none of them takes half the time of creating the network
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         if module.bias is not None:
