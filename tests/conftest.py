@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Before torch is imported: there is a test process per core.
@@ -7,6 +8,9 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import pytest
 import torch
 
+# Exporters and compilers allocate so many small objects that Python would otherwise look for garbage most of the time.
+gc.set_threshold(50_000, 20, 20)
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -14,9 +18,21 @@ def pytest_addoption(parser):
         help='run the expensive checks on every model, not only on the smallest one of each structure')
 
 
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # what has been imported stays: no search for garbage needs to go through it
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def create_short(pytestconfig):
+    """Creates what a compiler or an exporter goes through; with ``--all-models`` it is the whole model."""
+    from tests import zoo
+    return zoo.create if pytestconfig.getoption('--all-models') else zoo.create_short
 
 
 def pytest_generate_tests(metafunc):

@@ -13,7 +13,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
-from tests.zoo import ALL, create, distance
+from tests.zoo import ALL, create, distance, structure
+from tests.zoo import create_short as shortened
 
 SIZE = 64
 
@@ -211,6 +212,14 @@ def test_torchscript(model_name, features):
             assert distance(q, p) < 1e-5
 
 
+def test_short_models_are_of_the_structure(model_name):
+    whole, short = create_model(model_name, device='meta').eval(), shortened(model_name)
+    assert structure(short) == structure(whole)
+    assert len(list(short.modules())) <= len(list(whole.modules()))
+    assert [info['num_chs'] for info in short.feature_info] == [
+        m.shape[1] for m in short.forward_intermediates(picture(), intermediates_only=True)]
+
+
 def test_fx(model_name):
     model = create(model_name)
     traced = torch.fx.symbolic_trace(model)
@@ -219,8 +228,8 @@ def test_fx(model_name):
         assert distance(traced(x), model(x)) < 1e-6
 
 
-def test_compile(model_name):
-    model = create(model_name)
+def test_compile(model_name, create_short):
+    model = create_short(model_name)
     torch._dynamo.reset()  # all models share one forward, and the number of its versions is limited
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     with torch.no_grad():
@@ -229,9 +238,9 @@ def test_compile(model_name):
             assert distance(compiled(x), model(x)) < 1e-5
 
 
-def test_compile_for_training(model_name):
+def test_compile_for_training(model_name, create_short):
     """The second batch size makes the graph dynamic, and no other compiles again."""
-    model = create_model(model_name, num_classes=10).train()
+    model = create_short(model_name, num_classes=10).train()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     for i, batch in enumerate((4, 2, 3, 5, 8)):
@@ -251,8 +260,8 @@ class Everything(nn.Module):
         return (self.model.forward_head(features), *maps)
 
 
-def test_export_and_onnx(model_name, tmp_path):
-    model = Everything(create(model_name)).eval()
+def test_export_and_onnx(model_name, create_short, tmp_path):
+    model = Everything(create_short(model_name)).eval()
     dynamic = torch.export.Dim.DYNAMIC
     # A map of one pixel would be taken for a constant, and the elastic nets halve the last level's once more.
     example = (picture(2, size=(128, 128)),)

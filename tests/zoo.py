@@ -1,17 +1,20 @@
 """Every model of the package, and the smallest one of each structure, for the suites to run over."""
 import functools
 import re
+from unittest import mock
 
 import timm
 import torch
+import torch.nn as nn
+
+from cspnet_timm.families import densenet, peleenet
 
 ALL = timm.list_models('cspnet_*')
 
 
-@functools.cache
-def structure(name):
+def structure(model):
     """What a model is made of, whatever its widths, depths and activations: its modules' names and types."""
-    modules = timm.create_model(name, device='meta').named_modules()
+    modules = model.named_modules()
     return frozenset((re.sub(r'\d+', '#', n), type(m).__name__) for n, m in modules if not n.endswith('act'))
 
 
@@ -20,8 +23,9 @@ def representatives():
     """The smallest model of each structure, for checks too expensive to run on all."""
     smallest = {}
     for name in ALL:
-        params = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
-        key = structure(name)
+        model = timm.create_model(name, device='meta')
+        params = sum(p.numel() for p in model.parameters())
+        key = structure(model)
         if key not in smallest or params < smallest[key][0]:
             smallest[key] = (params, name)
     return sorted(name for _, name in smallest.values())
@@ -30,6 +34,27 @@ def representatives():
 def create(name, **kwargs):
     """A model in eval mode with every parameter and every running statistic random, as trained weights are."""
     return randomize(timm.create_model(name, **kwargs)).eval()
+
+
+def create_short(name, **kwargs):
+    """As :func:`create`, with no more than two blocks alike in a row: what a compiler sees in a third, it has seen.
+
+    The structure and the channels of the maps are the model's.
+    """
+    # Dense layers, each wider than the one before, cannot be taken out of a network that is made.
+    depths = {variant: (2,) * len(depths) for variant, depths in densenet.SIZES.items()}
+    blocks = [functools.partial(block.func, **{**block.keywords, 'depth': 2}) for block in peleenet._BLOCKS]
+    with mock.patch.dict(densenet.SIZES, depths), \
+            mock.patch.multiple(peleenet, _BLOCKS=blocks, _DEPTHS=[2] * len(blocks)):
+        model = timm.create_model(name, **kwargs)
+    for row in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+        kept = []
+        for key, block in list(row.named_children()):
+            if kept[-2:] == [repr(block)] * 2:
+                delattr(row, key)
+            else:
+                kept.append(repr(block))
+    return randomize(model).eval()
 
 
 @torch.no_grad()
