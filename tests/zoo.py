@@ -37,12 +37,12 @@ def create(name, **kwargs):
 
 
 def create_short(name, **kwargs):
-    """As :func:`create`, with no more than two blocks alike in a row: what a compiler sees in a third, it has seen.
+    """As :func:`create`, with two or three blocks alike in a row at most: what comes next, a compiler has seen.
 
     The structure and the channels of the maps are the model's.
     """
     # Dense layers, each wider than the one before, cannot be taken out of a network that is made.
-    depths = {variant: (2,) * len(depths) for variant, depths in densenet.SIZES.items()}
+    depths = {variant: (3,) * len(depths) for variant, depths in densenet.SIZES.items()}
     blocks = [functools.partial(block.func, **{**block.keywords, 'depth': 2}) for block in peleenet._BLOCKS]
     with mock.patch.dict(densenet.SIZES, depths), \
             mock.patch.multiple(peleenet, _BLOCKS=blocks, _DEPTHS=[2] * len(blocks)):
