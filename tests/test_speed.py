@@ -1,4 +1,5 @@
 """benchmarks/speed.py: what it writes, and that it writes nothing when the machine is busy."""
+import functools
 import importlib
 import json
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cspnet_timm.deployment import api
+from cspnet_timm.deployment.backends import BACKENDS
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 
@@ -28,7 +30,22 @@ def arguments(out, *more):
             '--seconds', '0.01', '--rounds', '3', '--compile', '--out', str(out), *more]
 
 
-def test_report(speed, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def made_once(speed, monkeypatch):
+    """One network is measured here: its exports to ONNX, and its memory in a process of its own, are had once each."""
+    convert, converted = BACKENDS['onnxruntime'].convert, {}
+
+    def once(model, example, precision):
+        key = tuple(example.shape), precision, len(model(example))
+        if key not in converted:
+            converted[key] = convert(model, example, precision)
+        return converted[key]
+
+    monkeypatch.setattr(BACKENDS['onnxruntime'], 'convert', staticmethod(once))
+    monkeypatch.setattr(speed, 'peak_memory', functools.cache(speed.peak_memory))
+
+
+def test_report(speed, made_once, tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
     monkeypatch.setattr(speed, 'busy_fraction', lambda: 0.5)
     monkeypatch.setattr(speed, 'native_precisions', lambda device: ('float32',))
