@@ -167,10 +167,10 @@ def test_a_name_of_timms_stays_timms(site):
     ''', '-W', 'error::UserWarning')
 
 
-@pytest.mark.parametrize('method', ['spawn', 'fork', 'forkserver'])
-def test_data_loader_workers(site, tmp_path, method):
+def test_data_loader_workers(site, tmp_path):
     script = tmp_path / 'loader.py'
-    script.write_text(textwrap.dedent(f'''
+    script.write_text(textwrap.dedent('''
+        import sys
         import torch
         from torch.utils.data import DataLoader, Dataset
 
@@ -182,8 +182,10 @@ def test_data_loader_workers(site, tmp_path, method):
                 return sum(p.numel() for p in timm.create_model('cspnet_nano').parameters())
 
         if __name__ == '__main__':
-            sizes = list(DataLoader(Names(), batch_size=None, num_workers=2, multiprocessing_context='{method}'))
-            assert sizes[0] == sizes[1] > 0
+            for method in ('fork', 'spawn', 'forkserver'):
+                sizes = list(DataLoader(Names(), batch_size=None, num_workers=2, multiprocessing_context=method))
+                assert sizes[0] == sizes[1] > 0, method
+            assert 'timm' not in sys.modules  # the workers have imported it themselves
     '''))
     run(site, f'import subprocess, sys; subprocess.run([sys.executable, {str(script)!r}], check=True)', cwd=tmp_path)
 
