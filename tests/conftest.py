@@ -17,6 +17,14 @@ def pytest_addoption(parser):
         '--all-models', action='store_true',
         help='run the expensive checks on every model, not only on the smallest one of each structure')
 
+# Files with tests that take long, each of which would leave the other processes idle if it were the last.
+LONG = ('test_examples.py', 'test_timm_suite.py', 'test_speed.py', 'test_readme.py', 'test_distributed.py')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 def pytest_collection_finish(session):
     gc.collect()
