@@ -35,10 +35,10 @@ def made_once(speed, monkeypatch):
     """One network is measured here: its exports to ONNX, and its memory in a process of its own, are had once each."""
     convert, converted = BACKENDS['onnxruntime'].convert, {}
 
-    def once(model, example, precision):
+    def once(model, example, precision, calibration=()):
         key = tuple(example.shape), precision, len(model(example))
         if key not in converted:
-            converted[key] = convert(model, example, precision)
+            converted[key] = convert(model, example, precision, calibration)
         return converted[key]
 
     monkeypatch.setattr(BACKENDS['onnxruntime'], 'convert', staticmethod(once))
