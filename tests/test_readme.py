@@ -21,6 +21,8 @@ from PIL import Image
 from safetensors.torch import save
 
 import cspnet_timm
+from cspnet_timm.deployment import api
+from cspnet_timm.deployment.backends import BACKENDS
 from tests import foreign
 from tests.hub_server import Hub
 from tests.parity import fill, load_fixture
@@ -50,9 +52,18 @@ class MyBlocks(nn.Sequential):
         super().__init__(nn.Conv2d(chs, chs, 3, padding=1), nn.ReLU())
 
 
+def deploy_quickly():
+    """In this process, deployment tries what is quick to convert, and measures little."""
+    interleave = api.interleave
+    api.interleave = lambda calls, device, *args: interleave(calls, device, 0.01)
+    api.FORMS = {}
+    BACKENDS['inductor'].unavailable = classmethod(lambda cls, device: 'it takes its time, and has its own tests')
+
+
 def run_all(folder):
     """Run everything, in one namespace; returns what came of it."""
     os.chdir(folder)
+    deploy_quickly()
     names = {'timm': timm, 'cspnet_timm': cspnet_timm, 'images': torch.randn(2, 3, 64, 64), 'MyBlocks': MyBlocks}
     results, claims = {}, {}
     for kind, text in code():
