@@ -337,8 +337,8 @@ def markdown(report: Dict[str, Any]) -> str:
     products = ', '.join(f'{v / 1e12:.2f} TFLOP/s in {k}' for k, v in rates['operations_per_second'].items())
     lines = [
         f'{machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}, timm {machine["timm"]}'
-        f'{"".join(f", {k} {v}" for k, v in machine["libraries"].items())}; medians of {report["rounds"]} turns of '
-        'one run.',
+        f'{"".join(f", {k} {v}" for k, v in machine["libraries"].items())}; medians of {report["rounds"]} '
+        'turns, all that stands in one row measured side by side.',
         f'A product of matrices reaches {products}; a copy {rates["bytes_per_second"] / 1e9:.1f} GB/s.', '']
     if report['busy']:
         lines += ['**The machine was busy: these figures mean nothing.**', '']
@@ -505,6 +505,16 @@ def measure_throughput(names: Sequence[str], batch: int, size: int, settings: Se
     return cases
 
 
+def machine_of(device: torch.device) -> Dict[str, Any]:
+    """The machine and the versions of what runs on it."""
+    libraries = {}
+    for name in ('openvino', 'onnxruntime', 'triton'):
+        with contextlib.suppress(PackageNotFoundError):
+            libraries[name] = version(name)
+    return dict(describe(device), type=device.type, timm=timm.__version__, cspnet_timm=cspnet_timm.__version__,
+                libraries=libraries)
+
+
 def run(args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
     """Measure the sections that are asked for.
 
@@ -520,12 +530,7 @@ def run(args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
     settings = Settings(torch.device(args.device), args.seconds, args.rounds, args.allow_busy)
     settings.check()
     rates = machine_rates(settings)
-    libraries = {}
-    for name in ('openvino', 'onnxruntime', 'triton'):
-        with contextlib.suppress(PackageNotFoundError):
-            libraries[name] = version(name)
-    machine = dict(describe(settings.device), type=settings.device.type, timm=timm.__version__,
-                   cspnet_timm=cspnet_timm.__version__, libraries=libraries)
+    machine = machine_of(settings.device)
     batch, size = args.batches[-1], args.sizes[0]
     sections: Dict[str, Callable[[], List[Dict[str, Any]]]] = {
         'routes': lambda: measure_routes(args.pairs, args.batches, args.sizes, settings, args.compile),
@@ -538,6 +543,35 @@ def run(args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
     for name in (s for s in SECTIONS if s in args.sections):
         cases += sections[name]()
         yield dict(machine=machine, rates=rates, rounds=args.rounds, busy=settings.was_busy, cases=cases)
+
+
+def joined(report: Dict[str, Any], path: Path) -> Dict[str, Any]:
+    """A report with the cases of an earlier one that it has not measured again.
+
+    Args:
+        report: The new one.
+        path: The earlier one's ``speed.json``; nothing happens if there is none.
+
+    Returns:
+        A report of both.
+
+    Raises:
+        SystemExit: If the earlier one is of another machine, or of other versions.
+    """
+    if not path.exists():
+        return report
+    earlier = json.loads(path.read_text())
+    if earlier['machine'] != report['machine']:
+        raise SystemExit(f'{path} is of another machine or of other versions: give another --out, or leave out --keep.')
+    measured = {_key(case) for case in report['cases']}
+    cases = [case for case in earlier['cases'] if _key(case) not in measured] + report['cases']
+    order = {_key(case): i for i, case in enumerate(earlier['cases'])}
+    cases.sort(key=lambda case: (SECTIONS.index(case['section']), order.get(_key(case), len(order))))
+    return dict(report, busy=report['busy'] or earlier['busy'], cases=cases)
+
+
+def _key(case: Dict[str, Any]) -> Tuple[Any, ...]:
+    return tuple(case[k] for k in ('section', 'task', 'name', 'size', 'batch', 'precision'))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -558,6 +592,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--threads', type=int, help='threads that compute (as many as cores)')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--allow-busy', action='store_true', help='report on a busy machine, and say so in the report')
+    parser.add_argument('--keep', action='store_true',
+                        help='keep what --out holds of this machine, but for what is measured again')
     parser.add_argument('--out', type=Path, default=Path('results'), help='folder for the results')
     args = parser.parse_args(argv)
     for name in ('batches', 'sizes', 'resolutions', 'rounds', 'threads'):
@@ -568,7 +604,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         parser.error('--device cuda: there is no CUDA device here')
     if args.threads:
         torch.set_num_threads(args.threads)
-    for report in run(args):  # written after each section, so that what is measured is not lost
+    if args.keep:  # found out before anything is measured
+        joined(dict(machine=machine_of(torch.device(args.device)), busy=False, cases=[]), args.out / 'speed.json')
+    for measured in run(args):  # written after each section, so that what is measured is not lost
+        report = joined(measured, args.out / 'speed.json') if args.keep else measured
         files = write_files({
             'speed.json': lambda path, report=report: path.write_text(json.dumps(report, indent=1) + '\n'),
             'speed.md': lambda path, report=report: path.write_text(markdown(report)),

@@ -71,6 +71,25 @@ def test_report(speed, made_once, tmp_path, monkeypatch, capsys):
     assert 'Wrote' in capsys.readouterr().out
 
 
+def test_what_was_measured_before_is_kept(speed, tmp_path):
+    def report(machine, *cases):
+        cases = [dict(section=section, task='forward', name=name, size=64, batch=1, precision='float32',
+                      milliseconds={'csp': ms}) for section, name, ms in cases]
+        return dict(machine=machine, busy=False, cases=cases, rounds=1)
+
+    path = tmp_path / 'speed.json'
+    new = report('this', ('promise', 'a', 3), ('routes', 'c', 4))
+    assert speed.joined(new, path) == new
+    path.write_text(json.dumps(report('this', ('routes', 'a', 1), ('promise', 'a', 2), ('promise', 'b', 2))))
+    both = [(c['section'], c['name'], c['milliseconds']['csp']) for c in speed.joined(new, path)['cases']]
+    assert both == [('routes', 'a', 1), ('routes', 'c', 4), ('promise', 'a', 3), ('promise', 'b', 2)]
+    with pytest.raises(SystemExit, match='another machine'):
+        speed.joined(report('that'), path)
+    path.write_text(json.dumps(dict(report('that'))))
+    with pytest.raises(SystemExit, match='another machine'):  # before anything is measured
+        speed.main(arguments(tmp_path, '--keep'))
+
+
 def test_the_pairs_are_the_same_networks(speed):
     for own, other in speed.PAIRS.values():
         counts = [speed.count(name, 64) for name in (own, other)]
