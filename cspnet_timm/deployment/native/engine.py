@@ -33,8 +33,7 @@ FIELDS = (
     'act', 'act_param', 'res_mode', 'nblocks', 'table', 'weights', 'bias', 'mode', 'tap_c', 'ksteps', 'flavour',
     'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'rows_at_once', 'koff',
     'planes', 'plane', 'width', 'band_ps', 'by_position', 'in_mod', 'in8', 'out8', 'in2_8', 'flow', 'fill', 'in_scale',
-    'in_zero', 'in2_scale', 'in2_zero', 'out_inv', 'out_zero',
-    'steps_at_once', 'fetch', 'dense')
+    'in_zero', 'in2_scale', 'in2_zero', 'out_inv', 'out_zero', 'steps_at_once', 'fetch', 'dense')
 CHUNK = 4  # pictures that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
 LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 700 << 10  # the same, for weights above this size

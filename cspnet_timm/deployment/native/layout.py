@@ -324,7 +324,7 @@ def _merge_parallel(layers: List[Layer]) -> List[Layer]:
     for layer in layers:
         if layer.op == 'conv' and not layer.depthwise and layer['groups'] == 1 and layer.res is None:
             key = (id(layer.ins[0]), layer['kernel'], layer['stride'], tuple(layer['pad']), layer['dilation'],
-                   layer.act, layer.slope)
+                   layer.act, layer.slope, layer.outs[0].is8)
             if key in found:
                 first = found[key]
                 first.outs = first.outs + layer.outs
