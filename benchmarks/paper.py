@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -150,16 +151,24 @@ class Subject:
             torch.cuda.synchronize(self.device)
 
 
+def _most_resident() -> int:
+    """Bytes that this process has held at most."""
+    try:  # getrusage tells of what the process that started this one held, where that is more
+        status = Path('/proc/self/status').read_text()
+        return int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]) * 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
 def _peak_cpu(name: str, size: int, batch_size: int, queue: Any) -> None:
     # Runs in a process of its own: what a process has taken at most cannot be reset.
-    scale = 1 if sys.platform == 'darwin' else 1024
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _most_resident()
     subject = Subject(name, size, batch_size, torch.device('cpu'))
     peaks = []
     for step in (subject.forward, subject.train):
         step()
-        peaks.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * scale / 2 ** 20)
+        peaks.append((_most_resident() - before) / 2 ** 20)
     queue.put(peaks)
 
 

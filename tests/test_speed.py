@@ -60,6 +60,7 @@ def test_report(speed, made_once, tmp_path, monkeypatch, capsys):
     assert {c['section'] for c in cases} == {'routes', 'resolution', 'throughput', 'training'}
     assert {c['task'] for c in cases} == {'forward', 'features', 'training'}
     assert all(ms > 0 for c in cases for ms in c['milliseconds'].values())
+    assert all(mib > 1 for c in cases for mib in c.get('mib', {}).values())
     for case in cases:
         if case['section'] == 'routes':
             assert 'ours deploy' in case['milliseconds']
