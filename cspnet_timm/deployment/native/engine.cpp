@@ -169,8 +169,14 @@ template <int ACT> static inline __m512h activate_ph(__m512h x, __m512h slope) {
 }
 static inline float as_float(i64 bits) { uint32_t u = (uint32_t)bits; float f; memcpy(&f, &u, 4); return f; }
 
-// 32 channels, n of them there, as float32; of bytes their number and not what it stands for.
-static inline void load_bytes(const void* p, i64 n, __m512& lo, __m512& hi) {
+static inline i64 item(i64 is8) { return is8 ? 1 : 2; }  // bytes of a channel
+// 32 channels, n of them there, as float32; of bytes their numbers and not what they stand for.
+static inline void load_numbers(const char* p, i64 is8, i64 n, __m512& lo, __m512& hi) {
+    if (!is8) {
+        const __m512i h = load_bf16(p, n);
+        lo = lo_half(h); hi = hi_half(h);
+        return;
+    }
     const __m256i v = n >= 32 ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi8((1u << n) - 1, p);
     lo = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(v)));
     hi = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(v, 1)));
@@ -185,12 +191,8 @@ static inline void store_bytes(void* p, __m512 lo, __m512 hi, i64 n) {
 static inline __m512 floats(i64 array, i64 c) { return _mm512_loadu_ps((const float*)array + c); }
 // A map's 32 channels from c on at its pixel p, as the numbers that they stand for.
 static inline void load_map(const char* p, i64 is8, i64 scale, i64 zero, i64 c, i64 n, __m512& lo, __m512& hi) {
-    if (!is8) {
-        const __m512i v = load_bf16(p + c * 2, n);
-        lo = lo_half(v); hi = hi_half(v);
-        return;
-    }
-    load_bytes(p + c, n, lo, hi);
+    load_numbers(p + c * item(is8), is8, n, lo, hi);
+    if (!is8) return;
     lo = _mm512_mul_ps(_mm512_sub_ps(lo, floats(zero, c)), floats(scale, c));
     hi = _mm512_mul_ps(_mm512_sub_ps(hi, floats(zero, c + 16)), floats(scale, c + 16));
 }
@@ -305,8 +307,7 @@ static inline void finish_mixed(char* arena, const Layer& l, const Pending& e, i
         __m512 v[2], res[2];
         if (l.res_mode) {
             const char* from = arena + k.res_off + pos * k.res_ps;
-            if (l.in2_8) load_bytes(from, k.nstore, res[0], res[1]);
-            else { const __m512i h = load_bf16(from, k.nstore); res[0] = lo_half(h); res[1] = hi_half(h); }
+            load_numbers(from, l.in2_8, k.nstore, res[0], res[1]);
         }
         for (int i = 0; i < 2; i++) {
             v[i] = FROM8 ? _mm512_cvtepi32_ps(_mm512_load_si512(acc + 16 * i)) : _mm512_load_ps(acc + 16 * i);
@@ -469,7 +470,7 @@ static inline void zero_pixels(const Layer& l, char* to, i64 px, i64 n) {
 static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i64 y1) {
     const i64 px = l.band_ps, s = l.planes, width = l.width;
     const i64 rows = (y1 - y0 - 1) * (l.stride / s) + (l.kh - 1) * l.dil / s + 1, top = y0 * l.stride - l.pad_h;
-    const i64 bytes = l.in_c * (l.in8 ? 1 : 2);
+    const i64 bytes = l.in_c * item(l.in8);
     for (i64 py = 0; py < s; py++)
         for (i64 j = 0; j < rows; j++) {
             const i64 y = top + j * s + py;
@@ -525,7 +526,7 @@ static void pack_small_patches(const Layer& l, const char* picture, char* to, i6
 }
 // The patches of positions of row y of one picture, each ksteps * 64 bytes or more (row_bytes).
 static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i64 row_bytes) {
-    const i64 tap = l.tap_c * (l.in8 ? 1 : 2), bytes = l.in_c * (l.in8 ? 1 : 2);
+    const i64 tap = l.tap_c * item(l.in8), bytes = l.in_c * item(l.in8);
     const i64 run = l.kw * tap;
     const __mmask64 run_mask = run >= 64 ? ~0ull : (1ull << run) - 1;
     const bool runs = l.in_ps == tap && l.dil == 1 && bytes == tap;  // neighbours in a row are neighbours in the patch
@@ -568,7 +569,7 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
     const Block* blocks = p.blocks[s.layer].data();
     const Multiply multiply_ = pick(l.act, l.res_mode, l.flow);
     const i64 rows_total = (s.b1 - s.b0) * (s.y1 - s.y0), height = s.y1 - s.y0;
-    const i64 patch_bytes = (l.kh * l.kw * l.tap_c * (l.in8 ? 1 : 2) + 63) / 64 * 64;
+    const i64 patch_bytes = (l.kh * l.kw * l.tap_c * item(l.in8) + 63) / 64 * 64;
     const i64 width = l.width, px = l.band_ps, step = l.mode == BAND ? l.stride / l.planes : 1;
     const char* in = arena + l.in_off;
     const i64 picture = l.in_h * l.in_w * l.in_ps;
@@ -653,12 +654,6 @@ static void run_depthwise(const Layer& l, const Step& s, char* arena) {
         store_map(arena + l.out_off + pos * l.out_ps, l, c, n, a, b);
     };
     // Of bytes the weights hold the scales and the bias the zeros, but for the taps outside the map: they are zeros too.
-    auto load = [&](const char* at, i64 n, __m512& lo, __m512& hi) __attribute__((always_inline)) {
-        if (l.in8) { load_bytes(at, n, lo, hi); return; }
-        const __m512i v = load_bf16(at, n);
-        lo = lo_half(v); hi = hi_half(v);
-    };
-    const i64 size = l.in8 ? 1 : 2;
     for (i64 b = s.b0; b < s.b1; b++) {
         const char* in = arena + l.in_off + b * l.in_h * l.in_w * l.in_ps;
         for (i64 y = s.y0; y < s.y1; y++) {
@@ -690,17 +685,17 @@ static void run_depthwise(const Layer& l, const Step& s, char* arena) {
                                     }
                                 continue;
                             }
-                            const char* at = in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * size;
+                            const char* at = in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * item(l.in8);
                             __m512 va, vb;
                             if (wide == 4) {
                                 const __m512 w0 = _mm512_loadu_ps(wt), w1 = _mm512_loadu_ps(wt + 16);
                                 for (int i = 0; i < 4; i++) {
-                                    load(at + i * l.stride * l.in_ps, n, va, vb);
+                                    load_numbers(at + i * l.stride * l.in_ps, l.in8, n, va, vb);
                                     lo[i] = _mm512_fmadd_ps(va, w0, lo[i]);
                                     hi[i] = _mm512_fmadd_ps(vb, w1, hi[i]);
                                 }
                             } else {
-                                load(at, n, va, vb);
+                                load_numbers(at, l.in8, n, va, vb);
                                 lo[0] = _mm512_fmadd_ps(va, _mm512_loadu_ps(wt), lo[0]);
                                 hi[0] = _mm512_fmadd_ps(vb, _mm512_loadu_ps(wt + 16), hi[0]);
                             }
@@ -730,7 +725,7 @@ static void run_pool(const Layer& l, const Step& s, char* arena) {
                 const i64 full_w = std::min(sx + l.kw, l.in_w + l.pad_w) - sx;
                 char* out = arena + l.out_off + ((b * l.out_h + y) * l.out_w + x) * l.out_ps;
                 if (l.kh == 1 && l.kw == 1) {
-                    copy_bytes(out, in + (sy % l.in_mod * l.in_w + sx) * l.in_ps, l.in_c * (l.in8 ? 1 : 2));
+                    copy_bytes(out, in + (sy % l.in_mod * l.in_w + sx) * l.in_ps, l.in_c * item(l.in8));
                     continue;
                 }
                 if (l.in8 && !l.flavour) {
@@ -755,23 +750,16 @@ static void run_pool(const Layer& l, const Step& s, char* arena) {
                         const __m512 outside = _mm512_set1_ps((float)(count - (y1 - y0) * (x1 - x0)));
                         lo = _mm512_mul_ps(floats(l.in_zero, c), outside);
                         hi = _mm512_mul_ps(floats(l.in_zero, c + 16), outside);
-                        for (i64 iy = y0; iy < y1; iy++)
-                            for (i64 ix = x0; ix < x1; ix++) {
-                                __m512 a, b;
-                                load_bytes(in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c, n, a, b);
-                                lo = _mm512_add_ps(lo, a); hi = _mm512_add_ps(hi, b);
-                            }
-                        store_bytes(out + c, _mm512_mul_ps(lo, scale), _mm512_mul_ps(hi, scale), n);
-                        continue;
                     }
                     for (i64 iy = y0; iy < y1; iy++)
                         for (i64 ix = x0; ix < x1; ix++) {
-                            const __m512i v = load_bf16(in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * 2, n);
-                            if (l.flavour) { lo = _mm512_add_ps(lo, lo_half(v)); hi = _mm512_add_ps(hi, hi_half(v)); }
-                            else { lo = _mm512_max_ps(lo, lo_half(v)); hi = _mm512_max_ps(hi, hi_half(v)); }
+                            __m512 a, b;
+                            load_numbers(in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * item(l.in8), l.in8, n, a, b);
+                            if (l.flavour) { lo = _mm512_add_ps(lo, a); hi = _mm512_add_ps(hi, b); }
+                            else { lo = _mm512_max_ps(lo, a); hi = _mm512_max_ps(hi, b); }
                         }
                     if (l.flavour) { lo = _mm512_mul_ps(lo, scale); hi = _mm512_mul_ps(hi, scale); }
-                    store_bf16(out + c * 2, narrow2(lo, hi), n);
+                    if (l.in8) store_bytes(out + c, lo, hi, n); else store_bf16(out + c * 2, narrow2(lo, hi), n);
                 }
             }
         }
@@ -826,13 +814,13 @@ static void run_upsample(const Layer& l, const Step& s, char* arena) {
             for (i64 x = 0; x < l.out_w; x++)
                 copy_bytes(arena + l.out_off + ((b * l.out_h + y) * l.out_w + x) * l.out_ps,
                            arena + l.in_off + ((b * l.in_h + y * l.in_h / l.out_h % l.in_mod) * l.in_w + x * l.in_w / l.out_w) * l.in_ps,
-                           l.in_c * (l.in8 ? 1 : 2));
+                           l.in_c * item(l.in8));
 }
 
 static void run_zero(const Layer& l, const Step& s, char* arena) {
     for (i64 b = s.b0; b < s.b1; b++)
         for (i64 i = s.y0 * l.out_w; i < s.y1 * l.out_w; i++)
-            zero_bytes(arena + l.out_off + (b * l.out_h * l.out_w + i) * l.out_ps, l.out_c * (l.out8 ? 1 : 2));
+            zero_bytes(arena + l.out_off + (b * l.out_h * l.out_w + i) * l.out_ps, l.out_c * item(l.out8));
 }
 
 static inline bf16 round_bf16(float f) { return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(f)), 0); }
