@@ -1,6 +1,7 @@
 """The native engine: equal to PyTorch on every structure, at any batch and size, and deaf to plans that lie."""
 import copy
 import json
+import re
 
 import pytest
 import timm
@@ -16,10 +17,21 @@ from .zoo import create, distance, randomize, representatives
 WHY_NOT = unavailable()
 runs_here = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
+# What the engine can be compiled for here, the best last, which is what it is compiled for outside these tests.
+LEVELS = {'vnni': build.NEEDED, 'bfloat16': build.NEEDED + build.BFLOAT16, 'tiles': build.NEEDED + build.TILES}
+LEVELS = {name: units for name, units in LEVELS.items() if build.cpu_flags().issuperset(units)}
+
 # Self-attention is not what the engine does. Nothing else may be added here without a reason.
 UNSUPPORTED = {'cspnet_yolo11m', 'cspnet_yolo11m_cls', 'cspnet_yolo11n', 'cspnet_yolo11n_cls'}
 BOUND_8 = 0.1  # the same of maps and weights in bytes
 BOUND = 0.015  # relative distance of bfloat16 maps and weights to float32; OpenVINO has 0.010 where this has 0.0097
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    """The engine as it is on a CPU that has less."""
+    monkeypatch.setattr(build, 'cpu_flags', lambda: frozenset(LEVELS[request.param]))
+    assert bool(build.library().csp_tiles()) == (request.param == 'tiles')
 
 
 def prepared(name, **kwargs):
@@ -69,6 +81,7 @@ def test_every_structure(name):
 
 
 @runs_here
+@pytest.mark.usefixtures('level')
 @pytest.mark.parametrize('name', ['cs3darknet_focus_m', 'cs3sedarknet_l', 'cspresnext50', 'mobilenetv3_small_100'])
 def test_models_of_timm(name):
     model, x = prepared(name), pictures(1, 3, 64, 64)
@@ -107,6 +120,7 @@ def test_batches_sizes_and_threads(name, precision, bound):
 
 
 @runs_here
+@pytest.mark.usefixtures('level')
 def test_large_maps_by_bands():
     """Bands of rows, buffers that hold a part of the rows, and layers that threads share, as at the sizes of use."""
     model = prepared('cspnet_medium')
@@ -156,6 +170,7 @@ def conv_id(m):
 
 
 @runs_here
+@pytest.mark.usefixtures('level')
 @pytest.mark.parametrize('conv', CONVS, ids=conv_id)
 @pytest.mark.parametrize('size', [(9, 21), (32, 16)])
 def test_layers(conv, size):
@@ -187,6 +202,7 @@ class AfterAConv(nn.Module):
 
 
 @runs_here
+@pytest.mark.usefixtures('level')
 @pytest.mark.parametrize('joined', [False, True], ids=['one', 'joined'])
 @pytest.mark.parametrize('conv', [
     *CONVS, OneConv(32, 64, 3, 1, 1), OneConv(48, 40, 3, 2, 1), OneConv(96, 96, 3, 1, 1, residual=True),
@@ -209,7 +225,7 @@ def test_layers_of_bytes(conv, joined):
         if plan.tensors.get(f'{i}.weight', x).shape == model.layer.conv.weight.shape:
             plan.tensors[f'{i}.weight'] = model.layer.conv.weight.detach()
     read, got = NativeEngine(plan, 2, 'int8')(x)
-    low, high, _ = plan.ranges[plan.outputs[1][0] - 1]
+    low, high, _ = plan.ranges[plan.outputs[1][0]]
     step = (high - low) / 255
     zero = round(-low / step)
     with torch.no_grad():
@@ -220,13 +236,14 @@ def test_layers_of_bytes(conv, joined):
 
 
 @runs_here
+@pytest.mark.usefixtures('level')
 @pytest.mark.parametrize('act', [nn.SiLU(), nn.ReLU()])
 def test_layers_of_bytes_hold_what_calibration_did_not_show(act):
     """Twice and four times the largest values that the scales were taken from are cut off, and nothing runs over."""
     model = randomize(AfterAConv(OneConv(32, 32, 3, 1, 1, act=act), 32)).eval()
     x = pictures(1, 4, 16, 16)
     plan = calibrate(lower(model, x), [x])
-    low, high, _ = plan.ranges[plan.outputs[1][0] - 1]
+    low, high, _ = plan.ranges[plan.outputs[1][0]]
     engine = NativeEngine(plan, 1, 'int8')
     for factor in (2, 4, 1000):
         read, got = engine(factor * x)
@@ -248,7 +265,7 @@ def test_ranges():
     ranges = calibrate(plan, [x, 2 * x]).ranges
     with torch.no_grad():
         twice = list(evaluate(plan, 2 * x))
-    for (low, high, peak), a, b in zip(ranges, values[1:], twice[1:]):
+    for (low, high, peak), a, b in zip(ranges, values, twice, strict=True):
         least, most = (min(float(v.min()) for v in (a, b)), max(float(v.max()) for v in (a, b)))
         assert min(least, 0) <= low <= 0.3 * min(least, 0) and 0.3 * max(most, 0) <= high <= max(most, 0)
         assert peak == max(-min(least, 0), most)
@@ -317,7 +334,7 @@ def test_plans_that_lie_are_refused():
     for field, lie in (('input', [4, 18]), ('input', [5, 18, 34]), ('input', [4, 10 ** 9, 34]),
                        ('outputs', [[99, False]]), ('outputs', []), ('outputs', [[1, True]]),
                        ('operations', 'x'), ('format', 2), ('ranges', []), ('ranges', 'x'), ('ranges', {}),
-                       *(('ranges', [lie] * len(json.loads(text)['operations'])) for lie in (
+                       *(('ranges', [lie] * (len(json.loads(text)['operations']) + 1)) for lie in (
                            None, [0, 1], [0, 1, '2'], [0.5, 1, 1], [-2, -1, 1], [0, 1, -1], [0, 1, 1e300], [0, True, 1],
                            [-1, float('nan'), 1]))):
         with pytest.raises(ValueError, match='The plan'):
@@ -362,6 +379,49 @@ def test_compiler_that_fails(monkeypatch, tmp_path):
 
 
 @runs_here
+@pytest.mark.usefixtures('level')
+def test_pictures_joined_with_maps():
+    """Where the engine multiplies in tiles it keeps pictures in bfloat16, and says so; else they are bytes as well."""
+    model, x = randomize(JoinsItsInput()).eval(), pictures(1, 4, 8, 8)
+    _, plan = check(model, x)[0], lower(model, x)
+    if build.library().csp_tiles():
+        with pytest.raises(UnsupportedNetwork, match='cannot concatenate maps in bytes with others'):
+            NativeEngine(calibrate(plan, [x]), 1, 'int8')
+    else:
+        check_bytes(model, x, plan, 0.02)
+
+
+@runs_here
+def test_without_the_right_to_tiles(monkeypatch):
+    """A system that keeps the tiles' registers from programs gets an engine without them."""
+    monkeypatch.setattr(build, 'cpu_flags', lambda: frozenset(build.NEEDED + build.TILES))
+    asked = []
+
+    class Withheld:
+        def csp_permission(self):
+            return -1
+
+    def compiled(units):
+        asked.append(units)
+        return Withheld() if 'amx_int8' in units else units
+
+    monkeypatch.setattr(build, '_compiled', compiled)
+    assert build.library() == (*build.NEEDED, *build.BFLOAT16)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize('units, message', [
+    ((), 'a CPU with AVX-512 and VNNI, and this one lacks avx512f, '),
+    (build.NEEDED[:-2] + build.NEEDED[-1:], 'this one lacks avx512_vnni\\.'),
+])
+def test_a_cpu_with_less_is_told_what_it_lacks(monkeypatch, units, message):
+    monkeypatch.setattr(build, 'cpu_flags', lambda: frozenset(units))
+    monkeypatch.setattr(build.sys, 'platform', 'linux')
+    monkeypatch.setattr(build.platform, 'machine', lambda: 'x86_64')
+    assert re.search(message, build.unavailable())
+
+
+@runs_here
 def test_wrong_use():
     plan = lower(OneConv(3, 8, 1).eval(), pictures(1, 3, 8, 8))
     with pytest.raises(ValueError, match='precision=\'int4\''):
@@ -370,9 +430,6 @@ def test_wrong_use():
         NativeEngine(plan, 0)
     with pytest.raises(ValueError, match='calibrate it'):
         NativeEngine(plan, 1, 'int8')
-    join = lower(JoinsItsInput().eval(), pictures(1, 4, 8, 8))
-    with pytest.raises(UnsupportedNetwork, match='cannot concatenate maps in bytes with others'):
-        NativeEngine(calibrate(join, [pictures(1, 4, 8, 8)]), 1, 'int8')
     for x in (torch.zeros(1, 4, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8).half()):
         with pytest.raises(ValueError, match='takes float32 pictures'):
             NativeEngine(plan, 1)(x)

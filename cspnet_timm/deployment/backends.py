@@ -556,7 +556,7 @@ class OnnxRuntime(Backend):
 
 
 class Native(Backend):
-    """This package's own engine, for processors with matrix units: cross stages without copies, cheap activations."""
+    """This package's own engine, for processors with AVX-512: cross stages without copies, cheap activations."""
 
     name = 'native'
     searches = False  # it has its own forms of a network, and its own arrangement of a batch
@@ -570,15 +570,15 @@ class Native(Backend):
 
     @classmethod
     def unavailable(cls, device: torch.device) -> Optional[str]:
-        """It computes on a CPU with AMX, and is compiled when it is first used."""
+        """It computes on a CPU with AVX-512 and VNNI, and is compiled when it is first used."""
         if device.type != 'cpu':
             return f'it computes on the CPU, and the model is on {device}'
         return native.unavailable()
 
     @classmethod
     def precisions(cls, device: torch.device) -> Tuple[str, ...]:
-        """What the processor's matrix units have."""
-        return ('bfloat16', 'int8')
+        """Bytes, and bfloat16 where the processor multiplies it."""
+        return ('bfloat16', 'int8') if native.has_bfloat16() else ('int8',)
 
     @classmethod
     def convert(

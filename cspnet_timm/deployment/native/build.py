@@ -9,18 +9,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence, Tuple
 
 from ..machine import cpp_compiler
 
-__all__ = ['cache_dir', 'library', 'unavailable']
+__all__ = ['cache_dir', 'has_bfloat16', 'library', 'unavailable']
 
 SOURCE = Path(__file__).with_name('engine.cpp')
-FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC', '-pthread', '-fno-math-errno', '-mavx512f', '-mavx512bw',
-         '-mavx512dq', '-mavx512vl', '-mavx512bf16', '-mavx512fp16', '-mfma', '-mamx-tile', '-mamx-bf16',
-         '-mamx-int8']
-NEEDED = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_bf16', 'avx512_fp16', 'amx_tile', 'amx_bf16',
-          'amx_int8')
+FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC', '-pthread', '-fno-math-errno']
+# What the engine is compiled for, as the kernel calls it: all of the first, and of the others what there is.
+NEEDED = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_vnni', 'fma')
+BFLOAT16 = ('avx512_bf16',)
+TILES = ('avx512_bf16', 'avx512_fp16', 'amx_tile', 'amx_bf16', 'amx_int8')
 
 
 def cache_dir() -> Path:
@@ -39,9 +39,9 @@ def unavailable() -> Optional[str]:
     """
     if sys.platform != 'linux' or platform.machine() not in ('x86_64', 'AMD64'):
         return f'The native engine is for Linux on x86-64, and this is {sys.platform} on {platform.machine()}.'
-    missing = [flag for flag in NEEDED if flag not in _cpu_flags()]
+    missing = [flag for flag in NEEDED if flag not in cpu_flags()]
     if missing:
-        return f'The native engine needs a CPU with AMX, and this one lacks {", ".join(missing)}.'
+        return f'The native engine needs a CPU with AVX-512 and VNNI, and this one lacks {", ".join(missing)}.'
     try:
         library()
     except RuntimeError as error:
@@ -50,7 +50,8 @@ def unavailable() -> Optional[str]:
 
 
 @functools.cache
-def _cpu_flags() -> frozenset:
+def cpu_flags() -> frozenset:
+    """What the kernel says that the CPU has; empty where there is no Linux."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
@@ -58,21 +59,30 @@ def _cpu_flags() -> frozenset:
     return frozenset(next((line.split(':')[1] for line in lines if line.startswith('flags')), '').split())
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16, and the engine need not do it in float32."""
+    return BFLOAT16[0] in cpu_flags()
+
+
+def _units(tiles: bool) -> Tuple[str, ...]:
+    """Of the CPU's units what the engine is compiled for."""
+    extra = [BFLOAT16, TILES] if tiles else [BFLOAT16]
+    return tuple(dict.fromkeys([*NEEDED, *(u for units in extra if cpu_flags().issuperset(units) for u in units)]))
+
+
 @functools.cache
 def _load(path: str) -> ctypes.CDLL:
     lib = ctypes.CDLL(path)
     i64, pointer, whole = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     for name, result, arguments in (
-            ('csp_record', whole, []), ('csp_permission', whole, []), ('csp_alloc', pointer, [i64]),
-            ('csp_free', None, [pointer]), ('csp_team', pointer, [whole]), ('csp_team_free', None, [pointer]),
-            ('csp_team_pid', whole, [pointer]), ('csp_program', pointer, [pointer, i64, i64, i64]),
-            ('csp_steps', None, [pointer, pointer, i64]), ('csp_program_free', None, [pointer]),
-            ('csp_run', None, [pointer, pointer, i64]),
+            ('csp_record', whole, []), ('csp_tiles', whole, []), ('csp_permission', whole, []),
+            ('csp_alloc', pointer, [i64]), ('csp_free', None, [pointer]), ('csp_team', pointer, [whole]),
+            ('csp_team_free', None, [pointer]), ('csp_team_pid', whole, [pointer]),
+            ('csp_program', pointer, [pointer, i64, i64, i64]), ('csp_steps', None, [pointer, pointer, i64]),
+            ('csp_program_free', None, [pointer]), ('csp_run', None, [pointer, pointer, i64]),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    if lib.csp_permission():
-        raise RuntimeError('The native engine needs AMX, and this system does not let programs use its registers.')
     return lib
 
 
@@ -83,14 +93,20 @@ def library() -> ctypes.CDLL:
         The library.
 
     Raises:
-        RuntimeError: If there is no compiler, it fails, or the system withholds AMX.
+        RuntimeError: If there is no compiler, or it fails.
     """
+    lib = _compiled(_units(tiles=True))
+    # A system may withhold the tiles' registers from programs.
+    return _compiled(_units(tiles=False)) if lib.csp_permission() else lib
+
+
+def _compiled(units: Sequence[str]) -> ctypes.CDLL:
     compiler = cpp_compiler()
     if compiler is None:
         raise RuntimeError('The native engine is compiled on the machine it runs on, and no C++ compiler was found '
                            '(g++, c++, clang++ or $CXX).')
-    source = SOURCE.read_bytes()
-    made_of = [source, shlex.join([*compiler, *FLAGS]).encode(), _version(tuple(compiler))]
+    command = [*compiler, *FLAGS, *(f'-m{u.replace("_", "-" if "amx" in u else "")}' for u in units)]
+    made_of = [SOURCE.read_bytes(), shlex.join(command).encode(), _version(tuple(compiler))]
     key = hashlib.sha256(b'\0'.join(made_of)).hexdigest()[:24]
     path = cache_dir() / f'engine-{key}.so'
     if not path.exists():
@@ -102,7 +118,7 @@ def library() -> ctypes.CDLL:
                                'Set CSPNET_TIMM_CACHE to a folder of yours.') from error
         os.close(handle)
         try:
-            done = subprocess.run([*compiler, *FLAGS, str(SOURCE), '-o', temporary], capture_output=True, text=True)
+            done = subprocess.run([*command, str(SOURCE), '-o', temporary], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f'The native engine could not be compiled by {shlex.join(compiler)}: '
                                    f'{(done.stderr.strip().splitlines() or ["no message"])[0][:300]}')

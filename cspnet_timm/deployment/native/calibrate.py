@@ -100,9 +100,11 @@ def calibrate(plan: Plan, batches: Sequence[torch.Tensor]) -> Plan:
         for batch in batches:
             for i, v in enumerate(evaluate(plan, batch.float())):
                 low[i], high[i] = min(low[i], float(v.min())), max(high[i], float(v.max()))
-                some = torch.randint(v.numel(), (min(SAMPLES, v.numel()),), generator=generator)
-                samples[i].append(v.flatten()[some])
-    ranges = []
+                v = v.flatten()
+                if len(v) > SAMPLES:
+                    v = v[torch.randint(len(v), (SAMPLES,), generator=generator)]
+                samples[i].append(v)
+    ranges = [(low[0], high[0], max(-low[0], high[0]))]  # of pictures black and white are to be kept
     for a, b, s in zip(low[1:], high[1:], samples[1:]):
         values = torch.cat(s)
         if len(values) > MOST:

@@ -1,12 +1,13 @@
-// An interpreter of convolutional networks for CPUs with AMX: maps in bfloat16 and sums in float32, or maps in bytes and
-// sums in int32.
+// An interpreter of convolutional networks for CPUs with AVX-512: maps in bfloat16 and sums in float32, or maps in bytes
+// and sums in int32. The products are AMX's where the compiler is allowed its tiles (and float16 with them), else VNNI's.
 //
 // The caller (engine.py beside this file) has laid out every map in one arena, packed the weights, and written the
 // order of work; nothing here is specific to a network. Maps are [picture][row][column][channel] without borders;
 // a layer reads and writes a range of channels of such a map, so that concatenations and slices are no work.
-// Every dense convolution is one micro-kernel: 32 positions times 32 output channels in four accumulator tiles. The
-// rows of its A tiles are pixels: of the map itself for a 1x1 convolution, else of a copy of some rows with zeros
-// around them ("band") or of the patches of each position ("patch"), made in the thread's scratch memory.
+// Every dense convolution is one micro-kernel: 32 positions times 32 output channels in four accumulator tiles, or 8
+// times 32 in sixteen registers. The rows of its A tiles are pixels: of the map itself for a 1x1 convolution, else of a
+// copy of some rows with zeros around them ("band") or of the patches of each position ("patch"), made in the thread's
+// scratch memory.
 #include <immintrin.h>
 #include <linux/futex.h>
 #include <sys/mman.h>
@@ -15,13 +16,21 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
+
+#ifdef __AMX_INT8__
+#define TILES 1
+#else
+#define TILES 0
+#endif
 
 typedef int64_t i64;
 typedef uint16_t bf16;
@@ -47,9 +56,11 @@ struct Layer {
 };
 // What a block of 32 output channels of a convolution reads and writes.
 struct Block { i64 out_off, out_ps, nstore, res_off, res_ps, a_off, epilogue; };
+#if TILES
 // How the sums of a block become bytes; in the order of lanes that _mm512_packs_epi32 leaves.
 struct Epilogue8 { int32_t shift[32]; _Float16 mul[32], res_mul[32], inv[32], add[32]; };
-// The same where only one of the two maps is in bytes.
+#endif
+// The same where only one of the two maps is in bytes, or there is no float16.
 struct EpilogueMixed { float mul[32], res_mul[32], res_add[32], inv[32], add[32]; };
 enum Flow { HALF, BYTES, FROM_HALF, FROM_BYTES };  // HALF and FROM_HALF multiply bfloat16
 struct Step { i64 layer, b0, b1, y0, y1, n0, n1, barrier; };
@@ -61,7 +72,7 @@ static const int RECORD = sizeof(Layer) / sizeof(i64);
 
 struct Program {
     std::vector<Layer> layers;
-    std::vector<std::vector<i64>> koffs;
+    std::vector<std::vector<i64>> koffs;  // of each step where it reads, and behind them how many times 4 bytes
     std::vector<std::vector<Block>> blocks;
     std::vector<std::vector<Step>> steps;  // of each thread of the team
     size_t scratch = 0, tiles = 0;
@@ -78,7 +89,23 @@ struct Clock {
 #endif
 
 static inline __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+#ifdef __AVX512BF16__
 static inline __m512i narrow2(__m512 lo, __m512 hi) { return (__m512i)_mm512_cvtne2ps_pbh(hi, lo); }
+static inline __m256i narrow(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+static inline bf16 round_bf16(float f) { return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(f)), 0); }
+#else
+static inline __m256i narrow(__m512 v) {  // to the nearest, of two the even one
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+}
+static inline __m512i narrow2(__m512 lo, __m512 hi) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(lo)), narrow(hi), 1);
+}
+static inline bf16 round_bf16(float f) { return (bf16)_mm256_extract_epi16(narrow(_mm512_set1_ps(f)), 0); }
+#endif
 static inline __m512i load_bf16(const void* p, i64 n) {  // n channels, at most 32
     return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p);
 }
@@ -135,6 +162,7 @@ static inline __m512 activate_any(i64 act, __m512 x, __m512 slope) {
     }
 }
 
+#if TILES
 // The same in float16, for results of eight bits; the exponential has a relative error of 1.7e-3.
 static inline __m512h set_ph(float v) { return _mm512_set1_ph((_Float16)v); }
 static inline __m512h exp2_ph(__m512h z) {
@@ -167,6 +195,7 @@ template <int ACT> static inline __m512h activate_ph(__m512h x, __m512h slope) {
         default: return x;
     }
 }
+#endif
 static inline float as_float(i64 bits) { uint32_t u = (uint32_t)bits; float f; memcpy(&f, &u, 4); return f; }
 
 static inline i64 item(i64 is8) { return is8 ? 1 : 2; }  // bytes of a channel
@@ -255,6 +284,7 @@ static inline void finish_rows(char* arena, const Pending& e, int r0, int r1, __
     }
 }
 
+#if TILES
 // Two rows at a time, whose bytes fill a register together.
 template <int ACT, int RES>
 static inline void finish_bytes(char* arena, const Pending& e, int r0, int r1, __m512h slope) {
@@ -295,6 +325,102 @@ static inline void finish_bytes(char* arena, const Pending& e, int r0, int r1, _
         if (neighbours || s >= 0) _mm256_mask_storeu_epi8(out_base + s * out_ps, mask, _mm512_extracti64x4_epi64(both, 1));
     }
 }
+#else
+// A smooth activation in pieces of parabolas. Piece k is for what is next to k / GRAIN, those at the ends for all that is
+// beyond; a lane takes its own by the lowest five bits of k.
+static const float GRAIN = 1.6f;
+struct Curve {
+    alignas(64) float c[3][32];
+    Curve(double (*f)(double), float above, float slope_above) {
+        for (int k = -16; k < 16; k++) {
+            double x[3], y[3];
+            for (int i = 0; i < 3; i++) { x[i] = (k + (i - 1) * 0.4330127) / GRAIN; y[i] = f(x[i]); }
+            const double d = (y[1] - y[0]) / (x[1] - x[0]), dd = ((y[2] - y[1]) / (x[2] - x[1]) - d) / (x[2] - x[0]);
+            const double inner[3] = {y[0] - d * x[0] + dd * x[0] * x[1], d - dd * (x[0] + x[1]), dd};
+            const double outer[3] = {k > 0 ? above : 0, k > 0 ? slope_above : 0, 0};
+            for (int i = 0; i < 3; i++) c[i][k & 31] = (float)(k > -15 && k < 15 ? inner[i] : outer[i]);
+        }
+    }
+};
+static const Curve CURVES[3] = {
+    {[](double x) { return x / (1 + std::exp(-x)); }, 0, 1},
+    {[](double x) { return 1 / (1 + std::exp(-x)); }, 1, 0},
+    {[](double x) { return x * std::tanh(std::log1p(std::exp(x))); }, 0, 1}};
+
+// From sums to bytes: four registers of sums become one of bytes.
+template <int ACT, int RES>
+static inline void finish_bytes(char* arena, const Pending& e, int r0, int r1, __m512 slope) {
+    constexpr bool LINEAR = ACT == NONE || ACT == RELU || ACT == LEAKY;  // in steps of the result throughout
+    constexpr bool SMOOTH = ACT == SILU || ACT == SIGMOID || ACT == MISH;
+    const Block& k = *e.block;
+    const EpilogueMixed& q = *(const EpilogueMixed*)k.epilogue;
+    const int32_t* const at = e.pos;
+    char* const out = arena + k.out_off;
+    const char* const residual = arena + k.res_off;
+    const __mmask32 mask = k.nstore >= 32 ? ~0u : (1u << k.nstore) - 1;
+    const __m512i back = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512 mul[2], add[2], res_mul[2], curve[3][2];
+    for (int i = 0; i < 2; i++) {
+        mul[i] = _mm512_loadu_ps(q.mul + 16 * i);
+        add[i] = _mm512_loadu_ps(q.add + 16 * i);
+        res_mul[i] = _mm512_loadu_ps(q.res_mul + 16 * i);
+    }
+    const __m512 inv = _mm512_set1_ps(q.inv[0]);  // a map has one scale
+    if (SMOOTH) {
+        const Curve& of = CURVES[ACT == SILU ? 0 : ACT == SIGMOID ? 1 : 2];
+        for (int i = 0; i < 3; i++)
+            for (int h = 0; h < 2; h++) curve[i][h] = _mm512_mul_ps(_mm512_load_ps(of.c[i] + 16 * h), inv);
+        if (RES != 2) for (int h = 0; h < 2; h++) curve[0][h] = _mm512_add_ps(curve[0][h], _mm512_set1_ps(q.add[0]));
+    }
+    auto numbers = [&](int row, int i, i64 pos) __attribute__((always_inline)) {  // of 16 channels
+        __m512 x = _mm512_cvtepi32_ps(_mm512_load_si512((const char*)e.acc + row * 128 + 64 * i)), res;
+        if (RES) {
+            const __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)(mask >> (16 * i)), residual + pos * k.res_ps + 16 * i);
+            res = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+        }
+        if (RES == 0 && ACT == NONE) return _mm512_cvtps_epi32(_mm512_fmadd_ps(x, mul[i], add[i]));
+        if (RES == 1) x = _mm512_fmadd_ps(x, mul[i], _mm512_mul_ps(res, res_mul[i])); else x = _mm512_mul_ps(x, mul[i]);
+        const __m512 rest = RES == 2 ? _mm512_fmadd_ps(res, res_mul[i], add[i]) : add[i];
+        if (SMOOTH) {
+            const __m512 inside = _mm512_range_ps(x, _mm512_set1_ps(15.49f / GRAIN), 2);
+            const __m512i piece = _mm512_castps_si512(_mm512_fmadd_ps(inside, _mm512_set1_ps(GRAIN), _mm512_set1_ps(12582912.f)));
+            __m512 y = _mm512_permutex2var_ps(curve[2][0], piece, curve[2][1]);
+            y = _mm512_fmadd_ps(y, x, _mm512_permutex2var_ps(curve[1][0], piece, curve[1][1]));
+            x = _mm512_fmadd_ps(y, x, _mm512_permutex2var_ps(curve[0][0], piece, curve[0][1]));
+            if (RES == 2) x = _mm512_add_ps(x, rest);
+        } else {
+            x = activate<ACT>(x, slope);
+            x = LINEAR ? _mm512_add_ps(x, rest) : _mm512_fmadd_ps(x, inv, rest);
+        }
+        return _mm512_cvtps_epi32(x);
+    };
+    if (k.nstore > 16) {
+        for (int r = r0; r < r1; r += 2) {
+            const i64 p = at[r], s = at[r + 1];
+            if (p < 0 && s < 0) continue;
+            const i64 p_ = p < 0 ? s : p, s_ = s < 0 ? p : s;
+            const __m512i both = _mm512_permutexvar_epi32(back, _mm512_packus_epi16(
+                _mm512_packs_epi32(numbers(r, 0, p_), numbers(r, 1, p_)),
+                _mm512_packs_epi32(numbers(r + 1, 0, s_), numbers(r + 1, 1, s_))));
+            if (p >= 0) _mm256_mask_storeu_epi8(out + p * k.out_ps, mask, _mm512_castsi512_si256(both));
+            if (s >= 0) _mm256_mask_storeu_epi8(out + s * k.out_ps, mask, _mm512_extracti64x4_epi64(both, 1));
+        }
+        return;
+    }
+    for (int r = r0; r < r1; r += 4) {
+        i64 p[4];
+        for (int i = 0; i < 4; i++) p[i] = at[r + i] < 0 ? 0 : at[r + i];
+        const __m512i four = _mm512_permutexvar_epi32(back, _mm512_packus_epi16(
+            _mm512_packs_epi32(numbers(r, 0, p[0]), numbers(r + 1, 0, p[1])),
+            _mm512_packs_epi32(numbers(r + 2, 0, p[2]), numbers(r + 3, 0, p[3]))));
+        const __mmask16 m = (__mmask16)mask;
+        if (at[r] >= 0) _mm_mask_storeu_epi8(out + p[0] * k.out_ps, m, _mm512_castsi512_si128(four));
+        if (at[r + 1] >= 0) _mm_mask_storeu_epi8(out + p[1] * k.out_ps, m, _mm512_extracti32x4_epi32(four, 1));
+        if (at[r + 2] >= 0) _mm_mask_storeu_epi8(out + p[2] * k.out_ps, m, _mm512_extracti32x4_epi32(four, 2));
+        if (at[r + 3] >= 0) _mm_mask_storeu_epi8(out + p[3] * k.out_ps, m, _mm512_extracti32x4_epi32(four, 3));
+    }
+}
+#endif
 
 template <int ACT, bool FROM8>
 static inline void finish_mixed(char* arena, const Layer& l, const Pending& e, int r0, int r1, __m512 slope) {
@@ -329,6 +455,7 @@ static inline void finish_mixed(char* arena, const Layer& l, const Pending& e, i
     }
 }
 
+#if TILES
 #define PRODUCT(t, a, b) \
     do { if constexpr (FLOW & 1) _tile_dpbusd(t, a, b); else _tile_dpbf16ps(t, a, b); } while (0)
 template <int ACT, int RES, int FLOW>
@@ -415,6 +542,83 @@ static void multiply(const Layer& l, const i64* koff, const Block* blocks, char*
     if (pending.acc) finish(pending, 0, 32);
 }
 #undef PRODUCT
+#else
+// A step's part for 16 channels: of four bytes, or of two numbers in bfloat16.
+template <bool FROM8> static inline __m512i add_products(__m512i sums, __m512i a, __m512i b) {
+    if constexpr (FROM8) return _mm512_dpbusd_epi32(sums, a, b);
+#ifdef __AVX512BF16__
+    return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sums), (__m512bh)a, (__m512bh)b));
+#else
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+    const __m512 first = _mm512_fmadd_ps(
+        _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), _mm512_castsi512_ps(sums));
+    return _mm512_castps_si512(_mm512_fmadd_ps(
+        _mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), first));
+#endif
+}
+// The sums of 8 positions for 32 channels, or of 16 positions for 16 of them, which stay in 16 registers.
+template <bool FROM8, int COLS>
+static __attribute__((noinline)) void product(const char* a, i64 lda, const i64* koff, i64 ksteps, const char* b,
+                                              const char* bias, char* acc) {
+    constexpr int ROWS = 16 / COLS;
+    __m512i sums[ROWS][COLS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int i = 0; i < COLS; i++) sums[r][i] = _mm512_loadu_si512(bias + 64 * i);
+    for (i64 k = 0; k < ksteps; k++, b += 2048) {
+        const char* from = a + koff[k];
+        const char* const end = b + 64 * koff[ksteps + k];
+        for (const char* at = b; at < end; at += 64, from += 4) {
+            __m512i weights[COLS];
+#pragma GCC unroll 2
+            for (int i = 0; i < COLS; i++) weights[i] = _mm512_load_si512(at + 1024 * i);
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; r++) {
+                int32_t four;
+                memcpy(&four, from + r * lda, 4);
+                const __m512i all = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+                for (int i = 0; i < COLS; i++) sums[r][i] = add_products<FROM8>(sums[r][i], all, weights[i]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int i = 0; i < COLS; i++) _mm512_store_si512(acc + 128 * r + 64 * i, sums[r][i]);
+}
+template <int ACT, int RES, int FLOW>
+static void multiply(const Layer& l, const i64* koff, const Block* blocks, char* arena, Worker& w, size_t ntiles,
+                     i64 lda, i64 n0, i64 n1) {
+    const __m512 slope = _mm512_set1_ps(as_float(l.act_param));
+    auto tile = [&](i64 n, size_t t) __attribute__((always_inline)) {
+        const char* const a = w.tile_a[t] + blocks[n].a_off;
+        const char* const b = (const char*)l.weights + n * l.ksteps * 2048;
+        const char* const bias = (const char*)l.bias + n * 128;
+        const int32_t* const pos = &w.tile_pos[t * 16];
+        const int there = ~_mm512_movepi32_mask(_mm512_loadu_si512(pos)) & 0xffff;
+        char* const acc = (char*)w.acc[0];
+        if (blocks[n].nstore <= 16) {
+            if (there) product<FLOW & 1, 1>(a, lda, koff, l.ksteps, b, bias, acc);
+        } else {
+            if (there & 0xff) product<FLOW & 1, 2>(a, lda, koff, l.ksteps, b, bias, acc);
+            if (there >> 8) product<FLOW & 1, 2>(a + 8 * lda, lda, koff, l.ksteps, b, bias, acc + 1024);
+        }
+        const int r0 = there & 0xff ? 0 : 8, r1 = there >> 8 ? 16 : 8;
+        const Pending e = {w.acc[0], pos, &blocks[n]};
+        if (r0 >= r1) return;
+        if constexpr (FLOW == HALF) finish_rows<ACT, RES>(arena, e, r0, r1, slope, l.is_f32);
+        else if constexpr (FLOW == BYTES) finish_bytes<ACT, RES>(arena, e, r0, r1, slope);
+        else finish_mixed<ACT, FLOW == FROM_BYTES>(arena, l, e, r0, r1, slope);
+    };
+    if (l.by_position) {
+        for (size_t t = 0; t < ntiles; t++) for (i64 n = n0; n < n1; n++) tile(n, t);
+    } else {
+        for (i64 n = n0; n < n1; n++) for (size_t t = 0; t < ntiles; t++) tile(n, t);
+    }
+}
+#endif
 
 typedef void (*Multiply)(const Layer&, const i64*, const Block*, char*, Worker&, size_t, i64, i64, i64);
 template <int ACT, int FLOW> static Multiply pick_res(i64 res) {
@@ -498,7 +702,10 @@ static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i6
 }
 // Patches of few channels (a network's first layer): each 64 bytes of a patch are put together in a register by loads
 // that fill the lanes of one row of the kernel each.
+template <bool IN8>
 static void pack_small_patches(const Layer& l, const char* picture, char* to, i64 y, i64 row_bytes, i64 x0, i64 x1) {
+    typedef std::conditional_t<IN8, __mmask64, __mmask32> Mask;
+    constexpr int LANES = IN8 ? 64 : 32;
     const int per = (int)(l.kw * l.in_c), lines = (int)(row_bytes / 64);
     const char* rows[16]; bool inside[16];
     for (i64 ky = 0; ky < l.kh; ky++) {
@@ -507,19 +714,22 @@ static void pack_small_patches(const Layer& l, const char* picture, char* to, i6
         rows[ky] = picture + (inside[ky] ? iy % l.in_mod * l.in_w * l.in_ps : 0) - l.pad_w * l.in_ps;
     }
     for (int line = 0; line < lines; line++) {
-        const char* from[32]; __mmask32 mask[32];
+        const char* from[32]; Mask mask[32];
         int n = 0;
-        for (int ky = line * 32 / per; ky < l.kh && ky * per < line * 32 + 32; ky++) {
+        for (int ky = line * LANES / per; ky < l.kh && ky * per < line * LANES + LANES; ky++) {
             if (!inside[ky]) continue;
-            const int a = std::max(ky * per - line * 32, 0), b = std::min((ky + 1) * per - line * 32, 32);
-            mask[n] = (b >= 32 ? ~0u : (1u << b) - 1) & ~((1u << a) - 1);
-            from[n++] = rows[ky] + 2 * (line * 32 - ky * per);
+            const int a = std::max(ky * per - line * LANES, 0), b = std::min((ky + 1) * per - line * LANES, LANES);
+            mask[n] = (b >= LANES ? ~(Mask)0 : ((Mask)1 << b) - 1) & ~(((Mask)1 << a) - 1);
+            from[n++] = rows[ky] + item(IN8) * (line * LANES - ky * per);
         }
         const i64 step = l.stride * l.in_ps;
         char* at = to + x0 * row_bytes + line * 64;
         for (i64 x = x0; x < x1; x++, at += row_bytes) {
             __m512i v = _mm512_setzero_si512();
-            for (int i = 0; i < n; i++) v = _mm512_mask_loadu_epi16(v, mask[i], from[i] + x * step);
+            for (int i = 0; i < n; i++) {
+                if constexpr (IN8) v = _mm512_mask_loadu_epi8(v, mask[i], from[i] + x * step);
+                else v = _mm512_mask_loadu_epi16(v, mask[i], from[i] + x * step);
+            }
             _mm512_store_si512(at, v);
         }
     }
@@ -531,10 +741,12 @@ static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i
     const __mmask64 run_mask = run >= 64 ? ~0ull : (1ull << run) - 1;
     const bool runs = l.in_ps == tap && l.dil == 1 && bytes == tap;  // neighbours in a row are neighbours in the patch
     i64 lo = l.out_w, hi = l.out_w;  // columns whose patches lie inside the map
-    if (runs && !l.in8 && l.kh <= 16 && l.kw * l.in_c >= 2) {
+    const i64 top = y * l.stride - l.pad_h;  // rows outside are not zeros where maps lie in bytes
+    if (runs && (!l.in8 || (top >= 0 && top + l.kh <= l.in_h)) && l.kh <= 16 && l.kw * l.in_c >= 2) {
         lo = std::min(l.out_w, (l.pad_w + l.stride - 1) / l.stride);
         hi = l.in_w + l.pad_w < l.kw ? lo : std::max(lo, std::min(l.out_w, (l.in_w + l.pad_w - l.kw) / l.stride + 1));
-        pack_small_patches(l, picture, to, y, row_bytes, lo, hi);
+        if (l.in8) pack_small_patches<true>(l, picture, to, y, row_bytes, lo, hi);
+        else pack_small_patches<false>(l, picture, to, y, row_bytes, lo, hi);
     }
     for (i64 x = 0; x < l.out_w; x++, to += row_bytes) {
         if (x == lo && hi > lo) { x += hi - lo - 1; to += (hi - lo - 1) * row_bytes; continue; }
@@ -823,12 +1035,25 @@ static void run_zero(const Layer& l, const Step& s, char* arena) {
             zero_bytes(arena + l.out_off + (b * l.out_h * l.out_w + i) * l.out_ps, l.out_c * item(l.out8));
 }
 
-static inline bf16 round_bf16(float f) { return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(f)), 0); }
-
 static void run_input(const Layer& l, const Step& s, char* arena, const Job& job) {
+    const __m512 inv = _mm512_set1_ps(as_float(l.out_inv)), zero = _mm512_set1_ps(as_float(l.out_zero));
     for (i64 b = s.b0; b < s.b1; b++)
         for (i64 y = s.y0; y < s.y1; y++) {
             const float* in = (const float*)job.input + b * job.stride_n + y * job.stride_h;
+            if (l.out8) {
+                char* to = arena + l.out_off + (b * l.out_h + y) * l.out_w * l.out_ps;
+                for (i64 x = 0; x < l.out_w; x += 16) {
+                    const i64 n = std::min<i64>(16, l.out_w - x);
+                    for (i64 c = 0; c < l.out_c; c++) {
+                        alignas(64) float row[16]; alignas(16) char bytes[16];
+                        for (i64 i = 0; i < n; i++) row[i] = in[c * job.stride_c + (x + i) * job.stride_w];
+                        const __m512 v = job.stride_w == 1 && n == 16 ? _mm512_loadu_ps(in + c * job.stride_c + x) : _mm512_load_ps(row);
+                        _mm_store_si128((__m128i*)bytes, to_bytes(_mm512_fmadd_ps(v, inv, zero)));
+                        for (i64 i = 0; i < n; i++) to[(x + i) * l.out_ps + c] = bytes[i];
+                    }
+                }
+                continue;
+            }
             bf16* out = (bf16*)(arena + l.out_off + (b * l.out_h + y) * l.out_w * l.out_ps);
             const i64 ps = l.out_ps / 2;
             i64 done = 0;
@@ -843,7 +1068,7 @@ static void run_input(const Layer& l, const Step& s, char* arena, const Job& job
                 for (; done + 16 <= l.out_w; done += 16) {
                     const __m512 r = _mm512_loadu_ps(in + done), g = _mm512_loadu_ps(in + job.stride_c + done);
                     const __m512i rg = narrow2(r, g);
-                    const __m512i bb = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(in + 2 * job.stride_c + done)));
+                    const __m512i bb = _mm512_castsi256_si512(narrow(_mm512_loadu_ps(in + 2 * job.stride_c + done)));
                     _mm512_storeu_si512(out + done * 3, _mm512_permutex2var_epi16(rg, first, bb));
                     _mm256_storeu_si256((__m256i*)(out + done * 3 + 32), _mm512_castsi512_si256(_mm512_permutex2var_epi16(rg, second, bb)));
                 }
@@ -853,7 +1078,7 @@ static void run_input(const Layer& l, const Step& s, char* arena, const Job& job
                 if (job.stride_w == 1)
                     for (; x + 16 <= l.out_w; x += 16) {
                         alignas(32) bf16 t[16];
-                        _mm256_store_si256((__m256i*)t, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(in + c * job.stride_c + x)));
+                        _mm256_store_si256((__m256i*)t, narrow(_mm512_loadu_ps(in + c * job.stride_c + x)));
                         for (int i = 0; i < 16; i++) out[(x + i) * ps + c] = t[i];
                     }
                 for (; x < l.out_w; x++) out[x * ps + c] = round_bf16(in[c * job.stride_c + x * job.stride_w]);
@@ -883,7 +1108,9 @@ static void run_output(const Layer& l, const Step& s, char* arena, const Job& jo
 }
 
 // ---------------------------------------------------------------------------------------------- threads
+#if TILES
 struct alignas(64) Config { uint8_t palette, start, reserved[14]; uint16_t colsb[16]; uint8_t rows[16]; };
+#endif
 
 struct Team {
     int size;
@@ -952,12 +1179,19 @@ struct Team {
         }
     }
     void work(int rank) {
+        const unsigned control = _mm_getcsr();
+        _mm_setcsr(control | 0x8040);  // numbers too small for full precision are zeros: others take hundreds of cycles
+#if TILES
         Config config = {};
         config.palette = 1;
         for (int i = 0; i < 8; i++) { config.colsb[i] = 64; config.rows[i] = 16; }
         _tile_loadconfig(&config);
+#endif
         for (int j = 0; j < njobs; j++) { execute(*(const Program*)jobs[j].program, jobs[j], rank, *workers[rank]); barrier(); }
+#if TILES
         _tile_release();
+#endif
+        _mm_setcsr(control);
     }
     void loop(int rank) {
         uint64_t seen = 0;
@@ -989,8 +1223,9 @@ struct Team {
 
 extern "C" {
 int csp_record() { return RECORD; }
-// Asks the kernel for the tile registers; 0 if they may be used.
-int csp_permission() { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
+int csp_tiles() { return TILES; }
+// Asks the kernel for the tile registers; 0 if they may be used, or are not.
+int csp_permission() { return TILES ? (int)syscall(SYS_arch_prctl, 0x1023, 18) : 0; }
 void* csp_alloc(i64 size) { return big_alloc((size_t)size); }
 void csp_free(void* p) { free(p); }
 void* csp_team(int size) { return new Team(size); }
@@ -1008,7 +1243,7 @@ void* csp_program(const i64* records, i64 nlayers, i64 scratch, i64 tiles) {
         p->layers.push_back(l);
         std::vector<i64> koff; std::vector<Block> blocks;
         if (l.kind == CONV) {
-            koff.assign((const i64*)l.koff, (const i64*)l.koff + l.ksteps);
+            koff.assign((const i64*)l.koff, (const i64*)l.koff + 2 * l.ksteps);
             blocks.assign((const Block*)l.table, (const Block*)l.table + l.nblocks);
         }
         p->koffs.push_back(koff); p->blocks.push_back(blocks);

@@ -89,6 +89,7 @@ class NativeEngine:
         self.precision = precision
         self._lib = library()
         assert self._lib.csp_record() == len(FIELDS)
+        self.tiles = bool(self._lib.csp_tiles())
         self._lock = threading.Lock()
         self._team: Optional[int] = None
         self._sizes: Dict[Tuple[int, int], _Size] = {}
@@ -138,7 +139,7 @@ class _Size:
 
     def __init__(self, engine: NativeEngine, height: int, width: int) -> None:
         self.engine = engine
-        self.layout = arrange(engine.plan, height, width, engine.precision)
+        self.layout = arrange(engine.plan, height, width, engine.precision, engine.tiles)
         self.programs: Dict[int, _Program] = {}
         self.outputs = [(layer.ins[0].c, layer.ins[0].h, layer.ins[0].w, layer['vector'])
                         for layer in self.layout.layers if layer.op == 'output']
@@ -149,7 +150,7 @@ class _Size:
                 key = (i, layer['kernel'], *(v.is8 for v in layer.reads + layer.outs),
                        *(tuple(w.shape) for w in layer.weights))
                 if key not in engine._weights:
-                    engine._weights[key] = _pack(layer)
+                    engine._weights[key] = _pack(layer, engine.tiles)
                 self.packed[layer] = engine._weights[key]
             layer.weights, layer.biases = [], []
 
@@ -173,7 +174,7 @@ class _Size:
         return [r.flatten(1) if vector else r.permute(0, 3, 1, 2) for r, (*_, vector) in zip(results, self.outputs)]
 
 
-def _pack(layer: Layer) -> Dict[str, Any]:
+def _pack(layer: Layer, tiles: bool) -> Dict[str, Any]:
     if layer.depthwise:
         weight, bias = layer.weights[0], layer.biases[0]
         pad = -len(bias) % 32
@@ -184,7 +185,7 @@ def _pack(layer: Layer) -> Dict[str, Any]:
             bias = bias - weight.sum((1, 2, 3)) * zero[:x.c]
         taps = torch.nn.functional.pad(weight.flatten(1).t(), (0, pad)).contiguous()
         return {'weights': taps.float(), 'bias': torch.nn.functional.pad(bias, (0, pad)).contiguous()}
-    packed = pack_weights(layer)
+    packed = pack_weights(layer, tiles)
     for key in ('weights', 'bias', *(['epilogue'] if 'epilogue' in packed else [])):
         tensor = packed[key]
         memory = _Memory(tensor.numel() * tensor.element_size() + 64)
@@ -328,7 +329,7 @@ class _Program:
                 koff = [(((ky * d % planes * planes + kx * d % planes) * plane + ky * d // planes) * span
                          + kx * d // planes) * px + cb * 64
                         for cb in range(packed['channel_blocks']) for ky in range(r['kh']) for kx in range(r['kw'])]
-            tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(koff))(*koff)
+            tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * (2 * len(koff)))(*koff, *packed['kcount'])
             self.keep += tables
             r.update(nblocks=len(packed['blocks']), table=ctypes.addressof(tables[0]), koff=ctypes.addressof(tables[1]),
                      mode=mode, tap_c=tap_c, ksteps=packed['ksteps'], flat=flat, rows_at_once=rows,

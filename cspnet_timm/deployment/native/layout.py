@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .plan import ACTIVATIONS, Plan, UnsupportedNetwork
+from .plan import ACTIVATIONS, Plan, Range, UnsupportedNetwork
 
 __all__ = ['Layer', 'Layout', 'Value', 'arrange']
 
@@ -121,15 +121,16 @@ class Layout:
         return self._readers[value]
 
 
-def arrange(plan: Plan, height: int, width: int, precision: str = 'bfloat16') -> Layout:
+def arrange(plan: Plan, height: int, width: int, precision: str = 'bfloat16', tiles: bool = True) -> Layout:
     """Fuse a plan's operations and give every map its place.
 
     Args:
         plan: The plan.
         height: Height of the pictures.
         width: Width of the pictures.
-        precision: ``'bfloat16'``, or ``'int8'`` for maps in bytes. Pictures, and means
-            and what becomes of them, are in bfloat16 always.
+        precision: ``'bfloat16'``, or ``'int8'`` for maps in bytes. Means and what becomes of them are in bfloat16
+            always.
+        tiles: Whether the engine multiplies in tiles, which have bfloat16 for pictures; else they are in bytes too.
 
     Returns:
         The layers and buffers.
@@ -140,7 +141,7 @@ def arrange(plan: Plan, height: int, width: int, precision: str = 'bfloat16') ->
     shapes = plan.shapes(height, width)
     values = [Value(s) for s in shapes]
     if precision == 'int8':
-        _quantize(plan, values)
+        _quantize(plan, values, tiles)
     layers = [Layer('input', [], [values[0]])]
     for i, op in enumerate(plan.operations):
         kind, out = op['op'], values[i + 1]
@@ -162,7 +163,7 @@ def arrange(plan: Plan, height: int, width: int, precision: str = 'bfloat16') ->
             if not layer.depthwise:
                 weight, layer.fields['groups'] = _regroup(weight, op['groups'])
             layer.weights, layer.biases = [weight], [plan.tensors[f'{i}.bias']]
-            layer.peaks = [plan.ranges[i][2] if plan.ranges is not None else 0.]
+            layer.peaks = [plan.ranges[i + 1][2] if plan.ranges is not None else 0.]
         layers.append(layer)
     outputs = []
     for index, (v, vector) in enumerate(plan.outputs):
@@ -187,10 +188,13 @@ def arrange(plan: Plan, height: int, width: int, precision: str = 'bfloat16') ->
     return Layout(layers, values, buffers)
 
 
-def _quantize(plan: Plan, values: List[Value]) -> None:
+def _quantize(plan: Plan, values: List[Value], tiles: bool) -> None:
     """Say which maps lie in bytes, and how: a map has one scale, a concatenation those of its parts."""
+    assert plan.ranges is not None
     vectors = {v for v, vector in plan.outputs if vector}
     means = set()
+    if not tiles and 0 not in vectors:
+        _put_in_bytes(values[0], plan.ranges[0])
     for i, op in enumerate(plan.operations):
         kind, out = op['op'], values[i + 1]
         first = op['xs'][0] if kind == 'cat' else op['x']
@@ -199,11 +203,7 @@ def _quantize(plan: Plan, values: List[Value]) -> None:
             means.add(i + 1)  # and what becomes of it
         elif kind in ('conv', 'act', 'add', 'mul'):
             if i + 1 not in vectors:
-                assert plan.ranges is not None
-                low, high, _ = plan.ranges[i]
-                step = (high - low) / 255
-                step = step if step > SMALLEST_STEP else 1. if low == high else SMALLEST_STEP
-                out.scale, out.zero = torch.full((out.c,), step), torch.full((out.c,), float(round(-low / step)))
+                _put_in_bytes(out, plan.ranges[i + 1])
         elif kind == 'cat':
             parts = [values[v] for v in op['xs']]
             if len({v.is8 for v in parts}) > 1:
@@ -216,6 +216,13 @@ def _quantize(plan: Plan, values: List[Value]) -> None:
         elif source.is8:
             part = slice(op.get('start'), op.get('stop'))
             out.scale, out.zero = source.scale[part], source.zero[part]  # type: ignore[index]
+
+
+def _put_in_bytes(value: Value, numbers: Range) -> None:
+    low, high, _ = numbers
+    step = (high - low) / 255
+    step = step if step > SMALLEST_STEP else 1. if low == high else SMALLEST_STEP
+    value.scale, value.zero = torch.full((value.c,), step), torch.full((value.c,), float(round(-low / step)))
 
 
 def _regroup(weight: torch.Tensor, groups: int) -> Tuple[torch.Tensor, int]:
@@ -373,6 +380,8 @@ def _place(layers: List[Layer]) -> List[Layer]:
                 v.buffer, v.offset = v.base.buffer, v.base.offset + v.start
             elif v.buffer is None:
                 v.buffer = Buffer(v.c, v.h, v.w, v.is8)
+                if layer.op == 'input' and v.is8:
+                    v.buffer.stride = v.c
                 if layer.is_f32:
                     v.buffer.stride, v.buffer.alone = (v.c + 31) // 32 * 32 * 4, True
     _link(result)
@@ -413,14 +422,19 @@ def flow(layer: Layer) -> int:
     return FROM_HALF if out or (layer.res is not None and res) else HALF
 
 
-def pack_weights(layer: Layer) -> Dict[str, Any]:
+def pack_weights(layer: Layer, tiles: bool) -> Dict[str, Any]:
     """Blocks of 32 output channels in the order the tiles want, and what the engine must know of them.
 
+    Args:
+        layer: A dense convolution.
+        tiles: Whether the engine multiplies in tiles, which have float16 beside them to go from sums of bytes to bytes.
+
     Returns:
-        ``mode``, ``tap_c``, ``ksteps``, ``koff`` and ``channel_blocks`` as the engine has them, the tensors ``weights``
-        and ``bias``, and of maps in bytes ``epilogue``; ``dense`` if a step takes what lies side by side in a row of
-        the kernel, over the borders of its taps; and ``blocks``: the output each belongs to, its first channel there,
-        how many, and where in the input its channels begin, in bytes.
+        ``mode``, ``tap_c``, ``ksteps``, ``koff`` and ``channel_blocks`` as the engine has them; ``kcount``, of each
+        step how many times four bytes are there; the tensors ``weights`` and ``bias``, and of maps in bytes
+        ``epilogue``; ``dense`` if a step takes what lies side by side in a row of the kernel, over the borders of its
+        taps; and ``blocks``: the output each belongs to, its first channel there, how many, and where in the input its
+        channels begin, in bytes.
     """
     x = layer.ins[0]
     kh, kw = layer['kernel']
@@ -432,7 +446,7 @@ def pack_weights(layer: Layer) -> Dict[str, Any]:
                                        and x.layer.op == 'conv' and not x.layer.depthwise)
     if point and stride == 1 and tuple(layer['pad']) == (0, 0) and clean:
         mode = DIRECT
-    elif groups == 1 and x.c % 32 and (x.c <= 48 or point) and not x.is8:
+    elif groups == 1 and (x.c < 16 if x.is8 and not tiles else x.c % 32 and (x.c <= 48 or point) and not x.is8):
         mode = PATCH
     elif not point:
         mode = BAND
@@ -442,36 +456,42 @@ def pack_weights(layer: Layer) -> Dict[str, Any]:
     tight = mode == PATCH and groups == 1 and x.c % step != 0
     dense = mode == BAND and x.is8 and groups == 1 and x.c % step != 0 and layer['dilation'] == 1
     tap_c = x.c if tight else _up(x.c, 16 if dense else step)
+
+    def in_steps(w: torch.Tensor) -> torch.Tensor:
+        """Kernels ``(N, C, kh, kw)`` as ``(N, K)``, with zeros up to whole steps."""
+        if tight:
+            flat = w.permute(0, 2, 3, 1)
+        elif dense:
+            rows = F.pad(w, (0, 0, 0, 0, 0, tap_c - x.c)).permute(0, 2, 3, 1).flatten(2)
+            flat = F.pad(rows, (0, -(kw * tap_c) % step))
+        else:  # K runs over blocks of channels, within them over the taps
+            w = F.pad(w, (0, 0, 0, 0, 0, -per_group % step))
+            flat = w.reshape(len(w), -1, step, kh * kw).permute(0, 1, 3, 2)
+        flat = flat.flatten(1)
+        return F.pad(flat, (0, -flat.shape[1] % step))
+
     panels, biases, blocks, epilogues = [], [], [], []
     for index, (weight, bias) in enumerate(zip(layer.weights, layer.biases)):
         out_c = weight.shape[0]
         out_per_group = out_c // groups
         numbers: Dict[str, torch.Tensor] = {}
         if flow(layer) != HALF:
-            weight, bias, numbers = _in_bytes(layer, index)
+            weight, bias, numbers = _in_bytes(layer, index, tiles)
         for g in range(groups):
             for first in range(g * out_per_group, (g + 1) * out_per_group, 32):
                 count = min(32, (g + 1) * out_per_group - first)
                 w = weight[first:first + count]
                 w = F.pad(w, (0, 0, 0, 0, 0, 0, 0, 32 - count))
-                if tight:
-                    flat = w.permute(0, 2, 3, 1).reshape(32, -1)
-                elif dense:
-                    rows = F.pad(w, (0, 0, 0, 0, 0, tap_c - x.c)).permute(0, 2, 3, 1).reshape(32, kh, kw * tap_c)
-                    flat = F.pad(rows, (0, _up(kw * tap_c, step) - kw * tap_c)).reshape(32, -1)
-                else:
-                    wide = _up(per_group, step)
-                    w = F.pad(w, (0, 0, 0, 0, 0, wide - per_group))
-                    # K runs over blocks of channels, within them over the taps.
-                    flat = w.reshape(32, wide // step, step, kh * kw).permute(0, 1, 3, 2).reshape(32, -1)
-                ksteps = _up(flat.shape[1], step) // step
-                flat = F.pad(flat, (0, ksteps * step - flat.shape[1]))
+                flat = in_steps(w)
+                ksteps = flat.shape[1] // step
                 panels.append(flat.reshape(2, 16, ksteps, 16, step // 16).permute(2, 0, 3, 1, 4).contiguous())
                 biases.append(F.pad(bias[first:first + count], (0, 32 - count)))
                 blocks.append((index, first, count, g * per_group * x.item))
                 if numbers:
                     epilogues.append(_epilogue(
                         {k: F.pad(v[first:first + count], (0, 32 - count)) for k, v in numbers.items()}))
+    there = in_steps(torch.ones(1, per_group, kh, kw)).view(ksteps, 16, -1).any(2)
+    kcount = (there * torch.arange(1, 17)).amax(1).tolist()
     koff: List[int] = []  # of a band it depends on the number of rows
     if tight or mode == DIRECT:
         koff = [k * 64 for k in range(ksteps)]
@@ -479,8 +499,9 @@ def pack_weights(layer: Layer) -> Dict[str, Any]:
         koff = [tap * tap_c * x.item + cb * 64
                 for cb in range(_up(per_group, step) // step) for tap in range(kh * kw)]
     packed = dict(
-        mode=mode, tap_c=tap_c, ksteps=ksteps, koff=koff, channel_blocks=_up(per_group, step) // step, blocks=blocks,
-        dense=dense, weights=torch.stack(panels).to(torch.int8 if x.is8 else torch.bfloat16).contiguous(),
+        mode=mode, tap_c=tap_c, ksteps=ksteps, koff=koff, kcount=kcount, channel_blocks=_up(per_group, step) // step,
+        blocks=blocks, dense=dense,
+        weights=torch.stack(panels).to(torch.int8 if x.is8 else torch.bfloat16).contiguous(),
         bias=torch.cat(biases).to(torch.int32 if x.is8 else torch.float32).contiguous())
     if epilogues:
         packed['epilogue'] = torch.stack(epilogues)
@@ -491,12 +512,12 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _in_bytes(layer: Layer, index: int) -> Tuple[torch.Tensor, torch.Tensor, Dict[str, torch.Tensor]]:
+def _in_bytes(layer: Layer, index: int, tiles: bool) -> Tuple[torch.Tensor, torch.Tensor, Dict[str, torch.Tensor]]:
     """Weights and bias of one output for maps in bytes, and by channel the numbers of what follows the sums.
 
-    A sum of products of bytes stands for ``unit`` times itself. With the bias it is shifted into sixteen bits, and
-    everything from there to the bytes of the result is float16; where one of the two maps is not in bytes it is float32
-    and without the shift.
+    A sum of products of bytes stands for ``unit`` times itself. Beside tiles, it is shifted into sixteen bits with the
+    bias, and everything from there to the bytes of the result is float16; without them, or where one of the two maps is
+    not in bytes, everything is float32 and there is no shift.
     """
     x, out, res, groups = layer.ins[0], layer.outs[index], layer.res, layer['groups']
     weight, bias = layer.weights[index].double(), layer.biases[index].double()
@@ -528,9 +549,12 @@ def _in_bytes(layer: Layer, index: int) -> Tuple[torch.Tensor, torch.Tensor, Dic
     bias = (bias / unit - (weight * zeros).sum((1, 2, 3))).round().clamp(-2 ** 30, 2 ** 30)
     if kind == FROM_BYTES:
         return weight.float(), bias, dict(mul=unit, res_mul=res_mul, res_add=res_add, inv=inverse, add=zero)
-    shift = (limit / unit / SHIFTED).clamp(min=1.).log2().ceil()
-    bias = bias + (2 ** shift / 2).floor()  # what is shifted out is rounded
-    mul = unit * 2 ** shift
+    numbers = {}
+    mul = unit
+    if tiles:
+        numbers['shift'] = shift = (limit / unit / SHIFTED).clamp(min=1.).log2().ceil()
+        bias = bias + (2 ** shift / 2).floor()  # what is shifted out is rounded
+        mul = unit * 2 ** shift
     if layer.res_mode == 2:
         zero = zero + res_add * inverse
         res_mul = res_mul * inverse
@@ -538,7 +562,7 @@ def _in_bytes(layer: Layer, index: int) -> Tuple[torch.Tensor, torch.Tensor, Dic
         mul = mul * inverse
         res_mul = res_mul * inverse if layer.res_mode == 1 else res_mul
         inverse = ones
-    return weight.float(), bias, dict(shift=shift, mul=mul, res_mul=res_mul, inv=inverse, add=zero)
+    return weight.float(), bias, dict(numbers, mul=mul, res_mul=res_mul, res_add=0 * ones, inv=inverse, add=zero)
 
 
 def _epilogue(numbers: Dict[str, torch.Tensor]) -> torch.Tensor:

@@ -54,8 +54,8 @@ class Plan:
             operations: What is computed, each a dictionary with ``op`` and the fields of that operation.
             outputs: Values that are returned, each with True if it is a vector and not a map.
             tensors: ``'<i>.weight'`` and ``'<i>.bias'`` of each convolution ``i``.
-            ranges: For maps of bytes, of what each operation gives, the ends of the range that 256 steps shall cover,
-                with zero between them, and the largest magnitude that is expected at all.
+            ranges: For maps of bytes, of the input and of what each operation gives, the ends of the range that 256
+                steps shall cover, with zero between them, and the largest magnitude that is expected at all.
 
         Raises:
             ValueError: If anything of it is not as it must be; the message names the field.
@@ -116,8 +116,9 @@ class Plan:
             raise ValueError(f'The plan\'s field \'operations\' has over {MAX_OPERATIONS} entries.')
         for value, _ in self.outputs:
             _integer(value, 'outputs', 0, len(self.operations))
-        if self.ranges is not None and (not isinstance(self.ranges, list) or len(self.ranges) != len(self.operations)):
-            raise ValueError('The plan\'s field \'ranges\' is no list of one range for each operation.')
+        if self.ranges is not None and (
+                not isinstance(self.ranges, list) or len(self.ranges) != len(self.operations) + 1):
+            raise ValueError('The plan\'s field \'ranges\' is no list of one range for each value.')
         for i, numbers in enumerate(self.ranges or []):
             if not isinstance(numbers, (list, tuple)) or len(numbers) != 3 or not all(
                     isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e30 for v in numbers):
