@@ -72,7 +72,7 @@ static const int RECORD = sizeof(Layer) / sizeof(i64);
 
 struct Program {
     std::vector<Layer> layers;
-    std::vector<std::vector<i64>> koffs;  // of each step where it reads, and behind them how many times 4 bytes
+    std::vector<std::vector<i64>> koffs;
     std::vector<std::vector<Block>> blocks;
     std::vector<std::vector<Step>> steps;  // of each thread of the team
     size_t scratch = 0, tiles = 0;
@@ -556,27 +556,30 @@ template <bool FROM8> static inline __m512i add_products(__m512i sums, __m512i a
         _mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), first));
 #endif
 }
-// The sums of 8 positions for 32 channels, or of 16 positions for 16 of them, which stay in 16 registers.
+// A step: from where on how many times 4 bytes of a position are multiplied, and where in a block its weights begin.
+struct Run { i64 from, count, weights; };
+// Some steps of the sums of 8 positions for 32 channels, or of 16 positions for 16 of them, which stay in 16 registers.
+// They go on from what lies at `from`, a position's `next` bytes behind the other's (0 for a bias).
 template <bool FROM8, int COLS>
-static __attribute__((noinline)) void product(const char* a, i64 lda, const i64* koff, i64 ksteps, const char* b,
-                                              const char* bias, char* acc) {
+static __attribute__((noinline)) void product(const char* a, i64 lda, const Run* run, const Run* stop, const char* b,
+                                              const char* from, i64 next, char* to) {
     constexpr int ROWS = 16 / COLS;
     __m512i sums[ROWS][COLS];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-        for (int i = 0; i < COLS; i++) sums[r][i] = _mm512_loadu_si512(bias + 64 * i);
-    for (i64 k = 0; k < ksteps; k++, b += 2048) {
-        const char* from = a + koff[k];
-        const char* const end = b + 64 * koff[ksteps + k];
-        for (const char* at = b; at < end; at += 64, from += 4) {
+        for (int i = 0; i < COLS; i++) sums[r][i] = _mm512_loadu_si512(from + next * r + 64 * i);
+    for (; run < stop; run++) {
+        const char* pixels = a + run->from;
+        const char* at = b + run->weights;
+        for (const char* const end = at + 128 * run->count; at < end; at += 128, pixels += 4) {
             __m512i weights[COLS];
 #pragma GCC unroll 2
-            for (int i = 0; i < COLS; i++) weights[i] = _mm512_load_si512(at + 1024 * i);
+            for (int i = 0; i < COLS; i++) weights[i] = _mm512_load_si512(at + 64 * i);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; r++) {
                 int32_t four;
-                memcpy(&four, from + r * lda, 4);
+                memcpy(&four, pixels + r * lda, 4);
                 const __m512i all = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
                 for (int i = 0; i < COLS; i++) sums[r][i] = add_products<FROM8>(sums[r][i], all, weights[i]);
@@ -586,36 +589,41 @@ static __attribute__((noinline)) void product(const char* a, i64 lda, const i64*
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-        for (int i = 0; i < COLS; i++) _mm512_store_si512(acc + 128 * r + 64 * i, sums[r][i]);
+        for (int i = 0; i < COLS; i++) _mm512_store_si512(to + 128 * r + 64 * i, sums[r][i]);
 }
 template <int ACT, int RES, int FLOW>
 static void multiply(const Layer& l, const i64* koff, const Block* blocks, char* arena, Worker& w, size_t ntiles,
                      i64 lda, i64 n0, i64 n1) {
     const __m512 slope = _mm512_set1_ps(as_float(l.act_param));
-    auto tile = [&](i64 n, size_t t) __attribute__((always_inline)) {
+    const Run* const runs = (const Run*)koff;
+    // Before the last step the sums go to memory and come back.
+    auto tile = [&](i64 n, size_t t, i64 k0, i64 k1) __attribute__((always_inline)) {
         const char* const a = w.tile_a[t] + blocks[n].a_off;
-        const char* const b = (const char*)l.weights + n * l.ksteps * 2048;
-        const char* const bias = (const char*)l.bias + n * 128;
+        const char* const b = (const char*)l.weights + n * (runs[l.ksteps - 1].weights + runs[l.ksteps - 1].count * 128);
         const int32_t* const pos = &w.tile_pos[t * 16];
         const int there = ~_mm512_movepi32_mask(_mm512_loadu_si512(pos)) & 0xffff;
-        char* const acc = (char*)w.acc[0];
-        if (blocks[n].nstore <= 16) {
-            if (there) product<FLOW & 1, 1>(a, lda, koff, l.ksteps, b, bias, acc);
-        } else {
-            if (there & 0xff) product<FLOW & 1, 2>(a, lda, koff, l.ksteps, b, bias, acc);
-            if (there >> 8) product<FLOW & 1, 2>(a + 8 * lda, lda, koff, l.ksteps, b, bias, acc + 1024);
-        }
+        if (!there) return;
+        char* const partial = w.partial + t * 2048;
+        char* const to = k1 < l.ksteps ? partial : (char*)w.acc[0];
+        const char* const from = k0 ? partial : (const char*)l.bias + n * 128;
+        const i64 next = k0 ? 128 : 0;
+        if (blocks[n].nstore <= 16) product<FLOW & 1, 1>(a, lda, runs + k0, runs + k1, b, from, next, to);
+        else for (int r = 0; r < 16; r += 8)
+            if (there >> r & 0xff)
+                product<FLOW & 1, 2>(a + r * lda, lda, runs + k0, runs + k1, b, from + r * next, next, to + r * 128);
+        if (k1 < l.ksteps) return;
         const int r0 = there & 0xff ? 0 : 8, r1 = there >> 8 ? 16 : 8;
         const Pending e = {w.acc[0], pos, &blocks[n]};
-        if (r0 >= r1) return;
         if constexpr (FLOW == HALF) finish_rows<ACT, RES>(arena, e, r0, r1, slope, l.is_f32);
         else if constexpr (FLOW == BYTES) finish_bytes<ACT, RES>(arena, e, r0, r1, slope);
         else finish_mixed<ACT, FLOW == FROM_BYTES>(arena, l, e, r0, r1, slope);
     };
     if (l.by_position) {
-        for (size_t t = 0; t < ntiles; t++) for (i64 n = n0; n < n1; n++) tile(n, t);
-    } else {
-        for (i64 n = n0; n < n1; n++) for (size_t t = 0; t < ntiles; t++) tile(n, t);
+        for (size_t t = 0; t < ntiles; t++) for (i64 n = n0; n < n1; n++) tile(n, t, 0, l.ksteps);
+    } else {  // a part of the weights stays in the first-level cache
+        for (i64 n = n0; n < n1; n++)
+            for (i64 k = 0; k < l.ksteps; k += l.steps_at_once)
+                for (size_t t = 0; t < ntiles; t++) tile(n, t, k, std::min(l.ksteps, k + l.steps_at_once));
     }
 }
 #endif
@@ -1243,7 +1251,7 @@ void* csp_program(const i64* records, i64 nlayers, i64 scratch, i64 tiles) {
         p->layers.push_back(l);
         std::vector<i64> koff; std::vector<Block> blocks;
         if (l.kind == CONV) {
-            koff.assign((const i64*)l.koff, (const i64*)l.koff + 2 * l.ksteps);
+            koff.assign((const i64*)l.koff, (const i64*)l.koff + (TILES ? 1 : 3) * l.ksteps);
             blocks.assign((const Block*)l.table, (const Block*)l.table + l.nblocks);
         }
         p->koffs.push_back(koff); p->blocks.push_back(blocks);

@@ -20,6 +20,7 @@ from .layout import (
     arrange,
     float_bits,
     flow,
+    in_order,
     pack_weights,
 )
 from .plan import Plan
@@ -38,6 +39,7 @@ CHUNK = 4  # pictures that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
 LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 700 << 10  # the same, for weights above this size
 STREAMED_WEIGHTS = 1200 << 10  # of a layer up to which they stream past each position, unless it reads these again
+LONGEST_RUN = 256  # of a product without tiles, times four bytes
 STEPS_AT_ONCE = 16  # of the product, whose weights for a block of channels half fill the first-level cache
 SEGMENT_WEIGHTS = 600 << 10  # of layers that are worked through together
 TOGETHER_WEIGHTS = 1500 << 10  # of a layer above which the threads share it, each with some of the output channels
@@ -200,12 +202,26 @@ def _address(memory: Any) -> int:
     return memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.address
 
 
-def _order(mode: int, packed: Dict[str, Any]) -> Dict[str, int]:
+def _order(mode: int, packed: Dict[str, Any], steps: int) -> Dict[str, int]:
     """Whether positions or output channels are outside, and how many steps of the product are done at a time."""
-    steps, large = packed['ksteps'], _weight_bytes_of(packed) > STREAMED_WEIGHTS
+    large = _weight_bytes_of(packed) > STREAMED_WEIGHTS
     if not large and mode != BAND:
         return dict(by_position=True, steps_at_once=steps)
-    return dict(fetch=large, steps_at_once=-(-steps // -(-steps // STEPS_AT_ONCE)))
+    at_once = max(1, STEPS_AT_ONCE * 2048 * steps * len(packed['blocks']) // _weight_bytes_of(packed))
+    return dict(fetch=large, steps_at_once=-(-steps // -(-steps // at_once)))
+
+
+def _runs(offsets: List[int], counts: List[int]) -> List[Tuple[int, int, int]]:
+    """Steps that read on where the one before ended are one: its offset, how many times four bytes, and the weights'."""
+    runs: List[Tuple[int, int, int]] = []
+    weights = 0
+    for offset, count in zip(offsets, counts):
+        if runs and runs[-1][0] + 4 * runs[-1][1] == offset and runs[-1][1] + count <= LONGEST_RUN:
+            runs[-1] = runs[-1][0], runs[-1][1] + count, runs[-1][2]
+        else:
+            runs.append((offset, count, weights))
+        weights += 128 * count
+    return runs
 
 
 def _epilogue_address(packed: Dict[str, Any], block: int) -> int:
@@ -219,7 +235,7 @@ class _Program:
     def __init__(self, size: _Size, pictures: int, team: int) -> None:
         self.lib = size.engine._lib
         layout = size.layout
-        self.pictures, self.team = pictures, team
+        self.pictures, self.team, self.in_tiles = pictures, team, size.engine.tiles
         if any(pictures * v.h * v.w >= 1 << 31 for v in layout.values):
             raise ValueError(f'{pictures} pictures of this size are too many for the native engine.')
         segments = _segments(layout, pictures, team, size.packed)
@@ -303,11 +319,12 @@ class _Program:
                 table += [0, 0] if res is None else [
                     _at(res, start, row, rank, own) + first * res.item, res.buffer.stride]
                 table += [a_off, _epilogue_address(packed, number)]
-            mode, tap_c = packed['mode'], packed['tap_c']
+            mode, tap_c, tiles = packed['mode'], packed['tap_c'], self.in_tiles
             width, s, d = layer.outs[0].w, layer['stride'], layer['dilation']
             span = width + (r['kw'] - 1) * d // s
             # Rows whose ends leave tiles half empty are taken as one, with the zeros between them.
-            flat = mode == BAND and span < (width + 15) // 16 * 16 and not (packed['dense'] and s > 1)
+            tile = 16 if tiles else 8
+            flat = mode == BAND and span < -(-width // tile) * tile and not (packed['dense'] and s > 1)
             planes = s if flat else 1
             if not flat:
                 span = (width - 1) * s + (r['kw'] - 1) * d + 1
@@ -328,13 +345,18 @@ class _Program:
             elif mode == BAND:
                 koff = [(((ky * d % planes * planes + kx * d % planes) * plane + ky * d // planes) * span
                          + kx * d // planes) * px + cb * 64
-                        for cb in range(packed['channel_blocks']) for ky in range(r['kh']) for kx in range(r['kw'])]
-            tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * (2 * len(koff)))(*koff, *packed['kcount'])
+                        for cb, (ky, kx) in in_order(
+                            packed['channel_blocks'], list(itertools.product(range(r['kh']), range(r['kw']))), tiles)]
+            steps = len(koff)
+            if not tiles:
+                runs = _runs(koff, packed['kcount'])
+                koff, steps = [v for run in runs for v in run], len(runs)
+            tables = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(koff))(*koff)
             self.keep += tables
             r.update(nblocks=len(packed['blocks']), table=ctypes.addressof(tables[0]), koff=ctypes.addressof(tables[1]),
-                     mode=mode, tap_c=tap_c, ksteps=packed['ksteps'], flat=flat, rows_at_once=rows,
+                     mode=mode, tap_c=tap_c, ksteps=steps, flat=flat, rows_at_once=rows,
                      planes=planes, plane=plane, width=span, band_ps=px,
-                     **_order(mode, packed))
+                     **_order(mode, packed, steps))
             self.tiles = max(self.tiles, rows * ((span + 15) // 16 + 1) + 2 * self.pictures + 2)
             slack = 32 * max(px * s, patch) + 4096
             if mode == PATCH:
@@ -405,7 +427,7 @@ def _weight_bytes(layer: Layer, packed: Dict[Layer, Any]) -> int:
 
 
 def _weight_bytes_of(packed: Dict[str, Any]) -> int:
-    return len(packed['blocks']) * packed['ksteps'] * 2048
+    return len(packed['blocks']) * packed['panel']
 
 
 def _segments(layout: Layout, pictures: int, team: int, packed: Dict[Layer, Any]) -> List[_Segment]:

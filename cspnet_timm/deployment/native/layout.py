@@ -7,7 +7,7 @@ the concatenation will be read.
 import functools
 import itertools
 import struct
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -431,10 +431,10 @@ def pack_weights(layer: Layer, tiles: bool) -> Dict[str, Any]:
 
     Returns:
         ``mode``, ``tap_c``, ``ksteps``, ``koff`` and ``channel_blocks`` as the engine has them; ``kcount``, of each
-        step how many times four bytes are there; the tensors ``weights`` and ``bias``, and of maps in bytes
-        ``epilogue``; ``dense`` if a step takes what lies side by side in a row of the kernel, over the borders of its
-        taps; and ``blocks``: the output each belongs to, its first channel there, how many, and where in the input its
-        channels begin, in bytes.
+        step how many times four bytes are there, and the others are not multiplied, of which tiles know nothing; the
+        tensors ``weights`` and ``bias``, and of maps in bytes ``epilogue``; ``dense`` if a step takes what lies side by
+        side in a row of the kernel, over the borders of its taps; and ``blocks``: the output each belongs to, its first
+        channel there, how many, and where in the input its channels begin, in bytes.
     """
     x = layer.ins[0]
     kh, kw = layer['kernel']
@@ -464,12 +464,16 @@ def pack_weights(layer: Layer, tiles: bool) -> Dict[str, Any]:
         elif dense:
             rows = F.pad(w, (0, 0, 0, 0, 0, tap_c - x.c)).permute(0, 2, 3, 1).flatten(2)
             flat = F.pad(rows, (0, -(kw * tap_c) % step))
-        else:  # K runs over blocks of channels, within them over the taps
+        else:  # K runs over blocks of channels, within them over the taps; without tiles the other way round
             w = F.pad(w, (0, 0, 0, 0, 0, -per_group % step))
-            flat = w.reshape(len(w), -1, step, kh * kw).permute(0, 1, 3, 2)
+            flat = w.reshape(len(w), -1, step, kh * kw).permute((0, 1, 3, 2) if tiles else (0, 3, 1, 2))
         flat = flat.flatten(1)
         return F.pad(flat, (0, -flat.shape[1] % step))
 
+    there = in_steps(torch.ones(1, per_group, kh, kw)).view(-1, 16, step // 16).any(2)
+    ksteps = len(there)
+    kcount = (there * torch.arange(1, 17)).amax(1).tolist()
+    kept = torch.arange(16) < torch.tensor(kcount)[:, None]
     panels, biases, blocks, epilogues = [], [], [], []
     for index, (weight, bias) in enumerate(zip(layer.weights, layer.biases)):
         out_c = weight.shape[0]
@@ -482,30 +486,36 @@ def pack_weights(layer: Layer, tiles: bool) -> Dict[str, Any]:
                 count = min(32, (g + 1) * out_per_group - first)
                 w = weight[first:first + count]
                 w = F.pad(w, (0, 0, 0, 0, 0, 0, 0, 32 - count))
-                flat = in_steps(w)
-                ksteps = flat.shape[1] // step
-                panels.append(flat.reshape(2, 16, ksteps, 16, step // 16).permute(2, 0, 3, 1, 4).contiguous())
+                panel = in_steps(w).view(2, 16, ksteps, 16, step // 16)
+                panel = panel.permute(2, 0, 3, 1, 4) if tiles else panel[:, :, kept].permute(2, 0, 1, 3)
+                panels.append(panel.contiguous())
                 biases.append(F.pad(bias[first:first + count], (0, 32 - count)))
                 blocks.append((index, first, count, g * per_group * x.item))
                 if numbers:
                     epilogues.append(_epilogue(
                         {k: F.pad(v[first:first + count], (0, 32 - count)) for k, v in numbers.items()}))
-    there = in_steps(torch.ones(1, per_group, kh, kw)).view(ksteps, 16, -1).any(2)
-    kcount = (there * torch.arange(1, 17)).amax(1).tolist()
     koff: List[int] = []  # of a band it depends on the number of rows
     if tight or mode == DIRECT:
         koff = [k * 64 for k in range(ksteps)]
     elif mode == PATCH:
         koff = [tap * tap_c * x.item + cb * 64
-                for cb in range(_up(per_group, step) // step) for tap in range(kh * kw)]
+                for cb, tap in in_order(_up(per_group, step) // step, range(kh * kw), tiles)]
     packed = dict(
         mode=mode, tap_c=tap_c, ksteps=ksteps, koff=koff, kcount=kcount, channel_blocks=_up(per_group, step) // step,
         blocks=blocks, dense=dense,
         weights=torch.stack(panels).to(torch.int8 if x.is8 else torch.bfloat16).contiguous(),
         bias=torch.cat(biases).to(torch.int32 if x.is8 else torch.float32).contiguous())
+    packed['panel'] = panels[0].numel() * x.item
     if epilogues:
         packed['epilogue'] = torch.stack(epilogues)
     return packed
+
+
+def in_order(channel_blocks: int, taps: Iterable[Any], tiles: bool) -> Iterable[Tuple[int, Any]]:
+    """The order in which a product goes through blocks of channels and taps, where a step has one of each."""
+    if tiles:
+        return itertools.product(range(channel_blocks), taps)
+    return ((cb, tap) for tap in taps for cb in range(channel_blocks))
 
 
 def _up(n: int, multiple: int) -> int:
