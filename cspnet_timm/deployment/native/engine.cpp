@@ -860,19 +860,77 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
 }
 
 // ---------------------------------------------------------------------------------------------- the other layers
+// What follows the sums of 32 channels from c on, n of them there, in any layer but a dense convolution.
+static inline void finish_pixel(const Layer& l, char* arena, __m512 slope, i64 pos, i64 c, i64 n, __m512 a, __m512 b) {
+    __m512 ra = _mm512_setzero_ps(), rb = ra;
+    if (l.res_mode) load_map(arena + l.in2_off + pos * l.in2_ps, l.in2_8, l.in2_scale, l.in2_zero, c, n, ra, rb);
+    if (l.res_mode == 1) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
+    a = activate_any(l.act, a, slope); b = activate_any(l.act, b, slope);
+    if (l.res_mode == 2) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
+    store_map(arena + l.out_off + pos * l.out_ps, l, c, n, a, b);
+}
+// Of bytes by words: two rows of the kernel at a time, whose pixels and weights lie side by side. What lies outside the
+// map are pixels of zeros. Weights are [pair of rows][column][32 channels][two registers of pairs], as unpacking leaves
+// the channels; behind the bias lies what a sum's unit stands for.
+static void run_depthwise_words(const Layer& l, const Step& s, char* arena) {
+    const __m512 slope = _mm512_set1_ps(as_float(l.act_param));
+    const i64 cp = l.nblocks * 32, pairs = (l.kh + 1) / 2;
+    const float* const bias = (const float*)l.bias;
+    const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (i64 b = s.b0; b < s.b1; b++) {
+        const char* const in = arena + l.in_off + b * l.in_h * l.in_w * l.in_ps;
+        for (i64 y = s.y0; y < s.y1; y++)
+            for (i64 c = 0; c < l.in_c; c += 32) {
+                const i64 n = std::min<i64>(32, l.in_c - c);
+                const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1;
+                const char* const outside = (const char*)l.fill + c;
+                auto row = [&](i64 iy) { return iy >= 0 && iy < l.in_h ? in + iy % l.in_mod * l.in_w * l.in_ps + c : nullptr; };
+                auto words = [&](const char* row, i64 ix) __attribute__((always_inline)) {
+                    const char* const at = row && (size_t)ix < (size_t)l.in_w ? row + ix * l.in_ps : outside;
+                    return _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, at));
+                };
+                for (i64 x = 0; x < l.out_w; x += 4) {
+                    const i64 wide = std::min<i64>(4, l.out_w - x), ix0 = x * l.stride - l.pad_w;
+                    __m512i sums[4][2];
+                    for (int i = 0; i < 4; i++) sums[i][0] = sums[i][1] = _mm512_setzero_si512();
+                    for (i64 p = 0; p < pairs; p++) {
+                        const i64 iy = y * l.stride - l.pad_h + 2 * p;
+                        const char* const above = row(iy);
+                        const char* const below = 2 * p + 1 < l.kh ? row(iy + 1) : above;
+                        const char* const w = (const char*)l.weights + (p * l.kw * cp + c) * 4;
+                        for (i64 j = 0; j < (wide - 1) * l.stride + l.kw; j++) {
+                            const __m512i first = words(above, ix0 + j), second = words(below, ix0 + j);
+                            const __m512i lo = _mm512_unpacklo_epi16(first, second), hi = _mm512_unpackhi_epi16(first, second);
+#pragma GCC unroll 4
+                            for (int i = 0; i < 4; i++) {
+                                const i64 k = j - i * l.stride;
+                                if (k < 0 || k >= l.kw) continue;
+                                const char* const at = w + k * cp * 4;
+                                sums[i][0] = _mm512_dpwssd_epi32(sums[i][0], lo, _mm512_loadu_si512(at));
+                                sums[i][1] = _mm512_dpwssd_epi32(sums[i][1], hi, _mm512_loadu_si512(at + 64));
+                            }
+                        }
+                    }
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++) {
+                        if (i >= wide) break;
+                        const __m512 lo = _mm512_cvtepi32_ps(_mm512_permutex2var_epi32(sums[i][0], lower, sums[i][1]));
+                        const __m512 hi = _mm512_cvtepi32_ps(_mm512_permutex2var_epi32(sums[i][0], upper, sums[i][1]));
+                        finish_pixel(l, arena, slope, (b * l.out_h + y) * l.out_w + x + i, c, n,
+                                     _mm512_fmadd_ps(lo, _mm512_loadu_ps(bias + cp + c), _mm512_loadu_ps(bias + c)),
+                                     _mm512_fmadd_ps(hi, _mm512_loadu_ps(bias + cp + c + 16), _mm512_loadu_ps(bias + c + 16)));
+                    }
+                }
+            }
+    }
+}
 static void run_depthwise(const Layer& l, const Step& s, char* arena) {
+    if (l.flow == BYTES) return run_depthwise_words(l, s, arena);
     const __m512 slope = _mm512_set1_ps(as_float(l.act_param));
     const float* weights = (const float*)l.weights;  // [tap][channels padded to 32]
     const float* bias = (const float*)l.bias;
     const i64 cp = l.nblocks * 32, d = l.dil;
-    auto finish = [&](i64 pos, i64 c, __m512 a, __m512 b, i64 n) {
-        __m512 ra = _mm512_setzero_ps(), rb = ra;
-        if (l.res_mode) load_map(arena + l.in2_off + pos * l.in2_ps, l.in2_8, l.in2_scale, l.in2_zero, c, n, ra, rb);
-        if (l.res_mode == 1) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
-        a = activate_any(l.act, a, slope); b = activate_any(l.act, b, slope);
-        if (l.res_mode == 2) { a = _mm512_add_ps(a, ra); b = _mm512_add_ps(b, rb); }
-        store_map(arena + l.out_off + pos * l.out_ps, l, c, n, a, b);
-    };
     // Of bytes the weights hold the scales and the bias the zeros, but for the taps outside the map: they are zeros too.
     for (i64 b = s.b0; b < s.b1; b++) {
         const char* in = arena + l.in_off + b * l.in_h * l.in_w * l.in_ps;
@@ -921,7 +979,7 @@ static void run_depthwise(const Layer& l, const Step& s, char* arena) {
                             }
                         }
                     }
-                    for (int i = 0; i < wide; i++) finish(pos0 + x + i, c, lo[i], hi[i], n);
+                    for (int i = 0; i < wide; i++) finish_pixel(l, arena, slope, pos0 + x + i, c, n, lo[i], hi[i]);
                     x += wide;
                 }
             }
@@ -1043,23 +1101,49 @@ static void run_zero(const Layer& l, const Step& s, char* arena) {
             zero_bytes(arena + l.out_off + (b * l.out_h * l.out_w + i) * l.out_ps, l.out_c * item(l.out8));
 }
 
-static void run_input(const Layer& l, const Step& s, char* arena, const Job& job) {
+// A row of pictures as bytes, which are [column][channel].
+static void input_bytes(const Layer& l, const float* in, const Job& job, char* out) {
     const __m512 inv = _mm512_set1_ps(as_float(l.out_inv)), zero = _mm512_set1_ps(as_float(l.out_zero));
+    alignas(16) static const struct Order {  // of 48 bytes in three registers those of each channel
+        int8_t from[3][3][16];
+        constexpr Order() : from() {
+            for (int i = 0; i < 48; i++)
+                for (int c = 0; c < 3; c++) from[i / 16][c][i % 16] = (int8_t)(i % 3 == c ? i / 3 : -1);
+        }
+    } order;
+    for (i64 x = 0; x < l.out_w; x += 16) {
+        const i64 n = std::min<i64>(16, l.out_w - x);
+        const bool whole = n == 16 && job.stride_w == 1;
+        auto bytes = [&](i64 c) __attribute__((always_inline)) {
+            const float* const at = in + c * job.stride_c + x * job.stride_w;
+            alignas(64) float row[16] = {};
+            if (!whole) for (i64 i = 0; i < n; i++) row[i] = at[i * job.stride_w];
+            return to_bytes(_mm512_fmadd_ps(whole ? _mm512_loadu_ps(at) : _mm512_load_ps(row), inv, zero));
+        };
+        if (n == 16 && l.out_c == 3 && l.out_ps == 3) {
+            const __m128i colors[3] = {bytes(0), bytes(1), bytes(2)};
+            for (int i = 0; i < 3; i++) {
+                __m128i v = _mm_setzero_si128();
+                for (int c = 0; c < 3; c++)
+                    v = _mm_or_si128(v, _mm_shuffle_epi8(colors[c], _mm_load_si128((const __m128i*)order.from[i][c])));
+                _mm_storeu_si128((__m128i*)(out + 3 * x + 16 * i), v);
+            }
+            continue;
+        }
+        for (i64 c = 0; c < l.out_c; c++) {
+            alignas(16) char v[16];
+            _mm_store_si128((__m128i*)v, bytes(c));
+            for (i64 i = 0; i < n; i++) out[(x + i) * l.out_ps + c] = v[i];
+        }
+    }
+}
+
+static void run_input(const Layer& l, const Step& s, char* arena, const Job& job) {
     for (i64 b = s.b0; b < s.b1; b++)
         for (i64 y = s.y0; y < s.y1; y++) {
             const float* in = (const float*)job.input + b * job.stride_n + y * job.stride_h;
             if (l.out8) {
-                char* to = arena + l.out_off + (b * l.out_h + y) * l.out_w * l.out_ps;
-                for (i64 x = 0; x < l.out_w; x += 16) {
-                    const i64 n = std::min<i64>(16, l.out_w - x);
-                    for (i64 c = 0; c < l.out_c; c++) {
-                        alignas(64) float row[16]; alignas(16) char bytes[16];
-                        for (i64 i = 0; i < n; i++) row[i] = in[c * job.stride_c + (x + i) * job.stride_w];
-                        const __m512 v = job.stride_w == 1 && n == 16 ? _mm512_loadu_ps(in + c * job.stride_c + x) : _mm512_load_ps(row);
-                        _mm_store_si128((__m128i*)bytes, to_bytes(_mm512_fmadd_ps(v, inv, zero)));
-                        for (i64 i = 0; i < n; i++) to[(x + i) * l.out_ps + c] = bytes[i];
-                    }
-                }
+                input_bytes(l, in, job, arena + l.out_off + (b * l.out_h + y) * l.out_w * l.out_ps);
                 continue;
             }
             bf16* out = (bf16*)(arena + l.out_off + (b * l.out_h + y) * l.out_w * l.out_ps);

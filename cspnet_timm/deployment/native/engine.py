@@ -21,6 +21,7 @@ from .layout import (
     float_bits,
     flow,
     in_order,
+    pack_depthwise,
     pack_weights,
 )
 from .plan import Plan
@@ -178,15 +179,7 @@ class _Size:
 
 def _pack(layer: Layer, tiles: bool) -> Dict[str, Any]:
     if layer.depthwise:
-        weight, bias = layer.weights[0], layer.biases[0]
-        pad = -len(bias) % 32
-        x = layer.ins[0]
-        if x.is8:
-            scale, zero, _ = x.tables
-            weight = weight * scale[:x.c, None, None, None]
-            bias = bias - weight.sum((1, 2, 3)) * zero[:x.c]
-        taps = torch.nn.functional.pad(weight.flatten(1).t(), (0, pad)).contiguous()
-        return {'weights': taps.float(), 'bias': torch.nn.functional.pad(bias, (0, pad)).contiguous()}
+        return pack_depthwise(layer, tiles)
     packed = pack_weights(layer, tiles)
     for key in ('weights', 'bias', *(['epilogue'] if 'epilogue' in packed else [])):
         tensor = packed[key]
@@ -212,7 +205,7 @@ def _order(mode: int, packed: Dict[str, Any], steps: int) -> Dict[str, int]:
 
 
 def _runs(offsets: List[int], counts: List[int]) -> List[Tuple[int, int, int]]:
-    """Steps that read on where the one before ended are one: its offset, how many times four bytes, and the weights'."""
+    """Steps that read on where the one before ended are one: its offset, how many times four bytes, its weights."""
     runs: List[Tuple[int, int, int]] = []
     weights = 0
     for offset, count in zip(offsets, counts):
@@ -303,7 +296,7 @@ class _Program:
             assert packed is not None
             r.update(res_mode=layer.res_mode, weights=_address(packed['weights']), bias=_address(packed['bias']))
             if layer.depthwise:
-                r.update(kind=KINDS['depthwise'], nblocks=(layer.ins[0].c + 31) // 32)
+                r.update(kind=KINDS['depthwise'], nblocks=(layer.ins[0].c + 31) // 32, flow=packed['flow'])
                 if layer.res is not None:
                     r.update(in2_off=_at(layer.res, start, row, rank, own), in2_ps=layer.res.buffer.stride)
                 return r
