@@ -6,8 +6,8 @@ Everything that is compared runs in turn in one process, and the medians are rep
 something else computes, nothing is reported. Five sections, of which ``--sections`` takes some:
 
 - ``routes``: the same network of this package, deployed, and of timm: eager, compiled (frozen weights), ONNX Runtime
-  and OpenVINO, in every precision that the hardware has; the logits and, of the largest batch, the maps of
-  ``features_only``.
+  and OpenVINO, in every precision that the hardware has (in int8 OpenVINO, rounded as ``deploy`` would round it); the
+  logits and, of the largest batch, the maps of ``features_only``.
 - ``promise``: the paper's networks and the plain ones beside them, both deployed: the ratio of the times beside the
   ratio of the operations.
 - ``resolution``: one picture of 224 to 640 pixels.
@@ -34,6 +34,7 @@ import torch
 import torch.nn as nn
 from paper import PAIRS as PAPER_PAIRS
 from paper import Subject, count, peak_memory, write_files
+from timm.models import reparameterize_model
 
 import cspnet_timm
 from cspnet_timm import deploy
@@ -154,10 +155,12 @@ def compiled_route(model: nn.Module, x: torch.Tensor, precision: str) -> Callabl
 
 
 def backend_route(name: str) -> Callable[[nn.Module, torch.Tensor, str], Callable[[], Any]]:
-    """An inference engine given the model as it is, in one stream."""
+    """An inference engine given the model as it is, in one stream; in int8 with its batch norms folded."""
 
     def route(model: nn.Module, x: torch.Tensor, precision: str) -> Callable[[], Any]:
-        converted = BACKENDS[name].convert(TupleOutputs(model), x, precision)
+        if precision == 'int8':  # rounds what convolutions read, so nothing may stand between them and their norms
+            model = reparameterize_model(model)
+        converted = BACKENDS[name].convert(TupleOutputs(model), x, precision, [x] if precision == 'int8' else [])
         runner: Runner = converted.runner(Arrangement(1, len(x)), torch.get_num_threads())
         return lambda: runner(x)
 
@@ -173,7 +176,7 @@ def routes(device: torch.device, precision: str, compiled: bool) -> Dict[str, Ca
             found['compile'] = compiled_route
     for name in ('onnxruntime', 'openvino'):
         backend = BACKENDS[name]
-        if backend.unavailable(device) is None and precision in backend.precisions(device) and precision != 'int8':
+        if backend.unavailable(device) is None and precision in backend.precisions(device):
             found[name] = backend_route(name)
     return found
 
