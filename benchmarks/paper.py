@@ -18,7 +18,6 @@ import re
 import resource
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
@@ -31,6 +30,7 @@ from timm.layers import SelectAdaptivePool2d
 from torch.utils.flop_counter import FlopCounterMode
 
 import cspnet_timm
+from cspnet_timm.deployment.machine import elapsed
 
 
 @dataclass(frozen=True)
@@ -136,19 +136,10 @@ class Subject:
         Returns:
             Milliseconds of one.
         """
-        step()
-        self._synchronize()
-        start = time.perf_counter()
-        for _ in range(iterations):
-            step()
-        self._synchronize()
-        elapsed = time.perf_counter() - start
+        elapsed(step, 1, self.device)
+        milliseconds = elapsed(step, iterations, self.device) / iterations
         self.optimizer.zero_grad(set_to_none=True)  # the other networks' turns shall have the memory
-        return elapsed * 1e3 / iterations
-
-    def _synchronize(self) -> None:
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
+        return milliseconds
 
 
 def _most_resident() -> int:

@@ -24,6 +24,7 @@ FORMAT = 1
 # Relative difference above which a candidate is taken for a failure and not for rounding.
 BOUNDS = {'float32': 1e-3, 'bfloat16': 0.1, 'float16': 0.1, 'int8': 0.5}
 GAIN = 0.97  # what a form or an arrangement must reach of the time of the best one so far, to replace it
+CLOSE, FINALISTS = 1.1, 4  # who comes this close to the best one is measured beside it once more, so many at most
 
 
 class DeployError(RuntimeError):
@@ -369,6 +370,7 @@ class _Search:
         self.tried: List[Dict[str, Any]] = []
         self.errors: List[Exception] = []
         self.best: Optional[_Candidate] = None
+        self.others: List[Tuple[float, _Candidate]] = []  # and how many times the best one's time they take
 
     def _say(self, entry: Dict[str, Any]) -> None:
         self.tried.append(entry)
@@ -414,8 +416,28 @@ class _Search:
         for rival, milliseconds in zip(rivals, times):
             rival.milliseconds = milliseconds
         self._say(candidate.as_dict())
-        if self.best is None or candidate.milliseconds < self.best.milliseconds * GAIN:
+        before, self.best = self.best, self.best or candidate
+        if before is None:
+            return
+        ratio = candidate.milliseconds / before.milliseconds
+        if ratio < GAIN:
             self.best = candidate
+            self.others = [(r / ratio, other) for r, other in [(1., before), *self.others]]
+        else:
+            self.others.append((ratio, candidate))
+        # The runners of those that are left behind hold memory.
+        self.others = sorted((o for o in self.others if o[0] < CLOSE), key=lambda o: o[0])[:FINALISTS - 1]
+
+    def decide(self) -> _Candidate:
+        """The best one of all, by turns of all that came close: what a duel shows, a noisy moment may have made."""
+        assert self.best is not None
+        finalists = [self.best, *(other for _, other in self.others)]
+        if len(finalists) > 1:
+            times = interleave(
+                [lambda c=c: c.runner(self.example) for c in finalists],  # type: ignore[misc]
+                self.example.device, self.seconds)
+            self.best = finalists[times.index(min(times))]
+        return self.best
 
 
 def _differences(outputs: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> List[float]:
@@ -459,7 +481,8 @@ class _Deploy:
 
         The model is not changed. It is deployed in eval mode. Its batch norms are folded and its re-parameterised
         branches merged; then every backend converts it, and the fastest one's other forms of the network and other
-        arrangements of the batch are tried, each measured beside the best one so far on the example.
+        arrangements of the batch are tried, each measured beside the best one so far on the example, and those that
+        came close once more beside one another.
 
         Args:
             model: Any model of this package or of timm that returns a tensor or a list of tensors.
@@ -531,7 +554,7 @@ class _Deploy:
         best = search.best or best
         for arrangement in best.converted.arrangements(len(example), threads)[1:]:
             search.challenge(best.backend, best.precision, best.converted, best.forms, arrangement)
-        best = search.best or best
+        best = search.decide()
 
         with torch.inference_mode():
             times = interleave(

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-__all__ = ['PRECISIONS', 'cpp_compiler', 'describe', 'interleave', 'native_precisions']
+__all__ = ['PRECISIONS', 'cpp_compiler', 'describe', 'elapsed', 'interleave', 'native_precisions']
 
 PRECISIONS = ('float32', 'bfloat16', 'float16', 'int8')
 
@@ -68,10 +68,30 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU has been asked to do."""
+def elapsed(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    """Time some calls: on a GPU by its own events, between what comes before and behind.
+
+    Args:
+        call: What to time.
+        count: How often it is called.
+        device: Where it computes.
+
+    Returns:
+        Milliseconds of all calls.
+    """
     if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for _ in range(count):
+                call()
+            last.record()
+            last.synchronize()
+        return first.elapsed_time(last)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) * 1e3
 
 
 def interleave(
@@ -93,18 +113,10 @@ def interleave(
     """
     counts = []
     for call in calls:
-        call()  # the first call may allocate, and page in
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        counts.append(max(int(seconds / rounds / max(time.perf_counter() - start, 1e-6)), 1))
+        elapsed(call, 1, device)  # the first call may allocate, and page in
+        counts.append(max(int(seconds / rounds / max(elapsed(call, 1, device) * 1e-3, 1e-6)), 1))
     times: List[List[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, count, row in zip(calls, counts, times):
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            synchronize(device)
-            row.append((time.perf_counter() - start) * 1e3 / count)
+            row.append(elapsed(call, count, device) / count)
     return [statistics.median(row) for row in times]
