@@ -445,6 +445,21 @@ def test_saving_loses_nothing(tmp_path, monkeypatch):
 # A GPU
 
 
+def test_a_backend_without_floating_point(monkeypatch):
+    """Where the package's own engine has int8 alone, it competes if there are scales for it, and says so if not."""
+    monkeypatch.setattr(BACKENDS['native'], 'unavailable', classmethod(lambda cls, device: None))
+    monkeypatch.setattr(BACKENDS['native'], 'precisions', classmethod(lambda cls, device: ('int8',)))
+    monkeypatch.setattr(api, 'native_precisions', lambda device: ('float32', 'int8'))
+    assert api._pairs('auto', ['native', 'eager'], True, CPU) == [('native', 'int8'), ('eager', 'float32')]
+    assert not any(name == 'native' for name, _ in api._pairs('auto', 'auto', False, CPU))
+    three = 'float32', 'float16', 'bfloat16'
+    monkeypatch.setattr(BACKENDS['eager'], 'precisions', classmethod(lambda cls, device: three))
+    monkeypatch.setattr(api, 'native_precisions', lambda device: (*three, 'int8'))
+    assert api._pairs('auto', 'eager', True, CPU) == [('eager', 'bfloat16')]
+    with pytest.raises(DeployError, match=r"backend='native' computes in int8 alone .*: pass calibration=batches"):
+        quick(create('cspnet_nano'), picture(), backend='native')
+
+
 def test_a_gpu_is_timed_by_its_events(monkeypatch):
     """What counts is the time between two events around the calls, whatever the processor's clock says."""
     called = []

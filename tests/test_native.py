@@ -252,6 +252,21 @@ def test_layers_of_bytes_hold_what_calibration_did_not_show(act):
         assert distance(got, expected) < 0.05
 
 
+@runs_here
+@pytest.mark.usefixtures('level')
+def test_small_numbers_have_small_steps():
+    """A map of numbers of a ten-thousandth is as exact as any, but beside tiles, whose float16 ends there."""
+    model, x = randomize(AfterAConv(OneConv(32, 32, 3, 1, 1, act=nn.ReLU()), 32)).eval(), pictures(1, 4, 16, 16)
+    for p in model.layer.parameters():
+        p.data *= 1e-5
+    _, got = NativeEngine(calibrate(lower(model, x), [x]), 1, 'int8')(x)
+    with torch.no_grad():
+        expected = model(x)[1]
+    assert expected.abs().max() < 1e-3
+    tiles = build.library().csp_tiles()
+    assert distance(got, expected) < (1 if tiles else 0.03)
+
+
 def test_ranges():
     """The plan computed by PyTorch is the network, and its ranges are those of the maps."""
     model, x = randomize(EveryOperation()).eval(), pictures(2, 4, 18, 34)

@@ -269,10 +269,12 @@ def _check_input(name: str, x: Any) -> None:
 
 
 def _require(backend: str, precision: str, device: torch.device) -> None:
-    """Raise a DeployError unless the backend is there, and the device has the precision."""
+    """Raise a DeployError unless the backend is there, and the device has the precision (any for ``'auto'``)."""
     reason = BACKENDS[backend].unavailable(device)
     if reason is not None:
         raise DeployError(f'backend={backend!r} cannot be used: {reason.rstrip(".")}.')
+    if precision == 'auto':
+        return
     if precision not in native_precisions(device):
         raise DeployError(
             f'precision={precision!r} cannot be had: this machine ({describe(device)["device"]}) computes in '
@@ -313,7 +315,7 @@ def _pairs(
     pairs = []
     for name in names:
         if backend != 'auto':
-            _require(name, 'float32' if precision == 'auto' else precision, device)
+            _require(name, precision, device)
         elif BACKENDS[name].unavailable(device) is not None:
             continue
         found = [p for p in BACKENDS[name].precisions(device) if p in native_precisions(device)]
@@ -321,9 +323,14 @@ def _pairs(
             pairs += [(name, precision)] if precision in found else []
             continue
         # The narrowest floating point that the hardware has, and int8 where there are scales for it.
-        pairs.append((name, next((p for p in ('bfloat16', 'float16') if p in found), 'float32')))
+        wanted = sorted((p for p in found if p != 'int8'), key=('bfloat16', 'float16', 'float32').index)[:1]
         if calibrated and 'int8' in found:
-            pairs.append((name, 'int8'))
+            wanted.append('int8')
+        if not wanted and backend != 'auto':
+            raise DeployError(
+                f'backend={name!r} computes in {", ".join(found)} alone on this machine '
+                f'({describe(device)["device"]}): pass calibration=batches.')
+        pairs += [(name, p) for p in wanted]
     if not pairs:
         _require('openvino' if precision == 'int8' else 'eager', precision, device)
         raise DeployError(f'precision={precision!r} cannot be had of any backend that is installed.')

@@ -19,7 +19,7 @@ __all__ = ['Layer', 'Layout', 'Value', 'arrange']
 DIRECT, BAND, PATCH = range(3)
 HALF, BYTES, FROM_HALF, FROM_BYTES = range(4)
 
-SMALLEST_STEP = 2. ** -14  # of a map in bytes, whose inverse float16 can hold
+SMALLEST_STEP = 2. ** -14  # of a map in bytes beside tiles, whose inverse float16 can hold
 SHIFTED = 32767  # what sums in int32 are shifted to fit into
 WORD_TAPS = 256  # of a depthwise convolution, whose sums of bytes by words int32 holds
 LANES = [8 * (i % 16 // 4) + 4 * (i // 16) + i % 4 for i in range(32)]  # where _mm512_packs_epi32 leaves each channel
@@ -195,7 +195,7 @@ def _quantize(plan: Plan, values: List[Value], tiles: bool) -> None:
     vectors = {v for v, vector in plan.outputs if vector}
     means = set()
     if not tiles and 0 not in vectors:
-        _put_in_bytes(values[0], plan.ranges[0])
+        _put_in_bytes(values[0], plan.ranges[0], tiles)
     for i, op in enumerate(plan.operations):
         kind, out = op['op'], values[i + 1]
         first = op['xs'][0] if kind == 'cat' else op['x']
@@ -204,7 +204,7 @@ def _quantize(plan: Plan, values: List[Value], tiles: bool) -> None:
             means.add(i + 1)  # and what becomes of it
         elif kind in ('conv', 'act', 'add', 'mul'):
             if i + 1 not in vectors:
-                _put_in_bytes(out, plan.ranges[i + 1])
+                _put_in_bytes(out, plan.ranges[i + 1], tiles)
         elif kind == 'cat':
             parts = [values[v] for v in op['xs']]
             if len({v.is8 for v in parts}) > 1:
@@ -219,10 +219,10 @@ def _quantize(plan: Plan, values: List[Value], tiles: bool) -> None:
             out.scale, out.zero = source.scale[part], source.zero[part]  # type: ignore[index]
 
 
-def _put_in_bytes(value: Value, numbers: Range) -> None:
+def _put_in_bytes(value: Value, numbers: Range, tiles: bool) -> None:
     low, high, _ = numbers
-    step = (high - low) / 255
-    step = step if step > SMALLEST_STEP else 1. if low == high else SMALLEST_STEP
+    step, smallest = (high - low) / 255, SMALLEST_STEP if tiles else 1e-20
+    step = step if step > smallest else 1. if low == high else smallest
     value.scale, value.zero = torch.full((value.c,), step), torch.full((value.c,), float(round(-low / step)))
 
 
