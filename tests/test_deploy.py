@@ -442,9 +442,6 @@ def test_saving_loses_nothing(tmp_path, monkeypatch):
     assert path.read_bytes() == b'before' and [f.name for f in tmp_path.iterdir()] == ['network.bin']
 
 
-# A GPU
-
-
 def test_a_backend_without_floating_point(monkeypatch):
     """Where the package's own engine has int8 alone, it competes if there are scales for it, and says so if not."""
     monkeypatch.setattr(BACKENDS['native'], 'unavailable', classmethod(lambda cls, device: None))
@@ -458,6 +455,9 @@ def test_a_backend_without_floating_point(monkeypatch):
     assert api._pairs('auto', 'eager', True, CPU) == [('eager', 'bfloat16')]
     with pytest.raises(DeployError, match=r"backend='native' computes in int8 alone .*: pass calibration=batches"):
         quick(create('cspnet_nano'), picture(), backend='native')
+
+
+# A GPU
 
 
 def test_a_gpu_is_timed_by_its_events(monkeypatch):

@@ -860,7 +860,7 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
 }
 
 // ---------------------------------------------------------------------------------------------- the other layers
-// What follows the sums of 32 channels from c on, n of them there, in any layer but a dense convolution.
+// What follows the sums of a depthwise convolution's 32 channels from c on, n of them there.
 static inline void finish_pixel(const Layer& l, char* arena, __m512 slope, i64 pos, i64 c, i64 n, __m512 a, __m512 b) {
     __m512 ra = _mm512_setzero_ps(), rb = ra;
     if (l.res_mode) load_map(arena + l.in2_off + pos * l.in2_ps, l.in2_8, l.in2_scale, l.in2_zero, c, n, ra, rb);
