@@ -62,11 +62,11 @@ MEASURES = ('forward_ms', 'train_ms', 'forward_mib', 'train_mib')
 
 
 def count(name: str, size: int) -> Dict[str, int]:
-    """Count what one picture costs, without computing it.
+    """Count what one image costs, without computing it.
 
     Args:
         name: The model.
-        size: Side of the picture.
+        size: Side of the image.
 
     Returns:
         ``weights`` and ``operations`` as the paper's repository counts them, ``params`` and ``flops`` as PyTorch does,
@@ -103,7 +103,7 @@ class Subject:
         Args:
             name: The model.
             size: Side of the input.
-            batch_size: Pictures in the input.
+            batch_size: Images in the input.
             device: Where to measure.
         """
         self.device = device
@@ -169,7 +169,7 @@ def peak_memory(name: str, size: int, batch_size: int, device: torch.device) -> 
     Args:
         name: The model.
         size: Side of the input.
-        batch_size: Pictures in the input.
+        batch_size: Images in the input.
         device: Where to measure. On a CPU it is the resident memory of a process of its own, beyond what the imports
             have taken.
 
@@ -210,7 +210,7 @@ def measure(
 
     Args:
         sizes: Side of the input by model.
-        batch_size: Pictures in the input.
+        batch_size: Images in the input.
         repeats: Times that every network has its turn.
         iterations: Steps of a turn.
         device: Where to measure.
@@ -244,7 +244,7 @@ def compare(
     Args:
         pairs: Names of :data:`PAIRS`.
         size: Side of the input, that of the cfgs if None.
-        batch_size: Pictures in the input of what is measured.
+        batch_size: Images in the input of what is measured.
         repeats: Times that every network has its turn.
         iterations: Steps of a turn.
         device: Where to measure.
@@ -311,7 +311,7 @@ def plot(report: Dict[str, Any], path: Path) -> None:
 
     Args:
         report: What :func:`compare` returned.
-        path: The picture.
+        path: The image.
 
     Raises:
         ImportError: If matplotlib is missing.

@@ -10,7 +10,7 @@ something else computes, nothing is reported. Five sections, of which ``--sectio
   logits and, of the largest batch, the maps of ``features_only``.
 - ``promise``: the paper's networks and the plain ones beside them, both deployed: the ratio of the times beside the
   ratio of the operations.
-- ``resolution``: one picture of 224 to 640 pixels.
+- ``resolution``: one image of 224 to 640 pixels.
 - ``throughput``: the package's own networks from small to large.
 - ``training``: a step of SGD and the memory that it takes at most, of this package's network and of timm's.
 
@@ -216,7 +216,7 @@ def measure_routes(
 
     Args:
         pairs: Names of :data:`PAIRS`.
-        batches: Pictures in the input.
+        batches: Images in the input.
         sizes: Sides of the input.
         settings: How to measure.
         compiled: The pairs for which ``torch.compile`` is measured too, which takes the longest.
@@ -378,7 +378,7 @@ def markdown(report: Dict[str, Any]) -> str:
             f'| {c["time_ratio"]:.2f} | {c["operations_ratio"]:.2f} | {_chosen(c["chosen"])} |')
     rows = [c for c in cases if c['section'] == 'throughput']
     if rows:
-        lines += ['', '| network | pixels | batch | precision | GFLOP a picture | pictures a second | chosen |',
+        lines += ['', '| network | pixels | batch | precision | GFLOP an image | images a second | chosen |',
                   '| --- | ---: | ---: | --- | ---: | ---: | --- |']
     for c in rows:
         lines.append(
@@ -406,7 +406,7 @@ def _chosen(chosen: Dict[str, Any]) -> str:
 
 
 def plots(report: Dict[str, Any]) -> Dict[str, Callable[[Path], Any]]:
-    """What draws each picture, by file name; those for which nothing was measured are left out.
+    """What draws each image, by file name; those for which nothing was measured are left out.
 
     Args:
         report: What :func:`run` returned.
@@ -438,7 +438,7 @@ def plots(report: Dict[str, Any]) -> Dict[str, Callable[[Path], Any]]:
             for c in rows if precision == 'float32' else []:
                 axes.annotate(c['name'].removeprefix('cspnet_'), (c['flops'] / c['batch'] / 1e9,
                               c['batch'] / best_time(c) * 1e3), fontsize=7, xytext=(3, 3), textcoords='offset points')
-        axes.set(xscale='log', yscale='log', xlabel='GFLOP a picture', ylabel='pictures a second')
+        axes.set(xscale='log', yscale='log', xlabel='GFLOP an image', ylabel='images a second')
 
     def latency(axes: Any) -> None:
         rows = [c for c in cases if c['section'] == 'resolution']
@@ -447,7 +447,7 @@ def plots(report: Dict[str, Any]) -> Dict[str, Callable[[Path], Any]]:
             for route in chosen[0]['milliseconds']:
                 axes.plot([c['size'] for c in chosen], [c['milliseconds'][route] for c in chosen],
                           'o-' if route == 'ours deploy' else 'x--', label=f'{route} {precision}')
-        axes.set(yscale='log', xlabel=f'pixels ({rows[0]["name"]}, one picture)', ylabel='milliseconds')
+        axes.set(yscale='log', xlabel=f'pixels ({rows[0]["name"]}, one image)', ylabel='milliseconds')
 
     def roofline(axes: Any) -> None:
         rates = report['rates']
@@ -469,7 +469,7 @@ def plots(report: Dict[str, Any]) -> Dict[str, Callable[[Path], Any]]:
 
 
 def measure_resolution(name: str, sizes: Sequence[int], settings: Settings) -> List[Dict[str, Any]]:
-    """One picture of several sizes, in the exact and in the narrowest floating point."""
+    """One image of several sizes, in the exact and in the narrowest floating point."""
     own, other = PAIRS[name]
     precisions = [p for p in native_precisions(settings.device) if p in TORCH_TYPES]
     cases = []

@@ -2,7 +2,7 @@
 
     python benchmarks/train_shapes.py --output docs/train_shapes
 
-It draws its own pictures: ten classes that differ in shape, in texture or in position alone, so that none of the three
+It draws its own images: ten classes that differ in shape, in texture or in position alone, so that none of the three
 can be left out. Everything else is timm's, in the order of timm's train.py: data set, loader, optimizer, schedule,
 moving average of the weights. Both come from ``examples``, ``shapes.py`` and ``finetune.py``. It writes the curves as
 ``.json`` and ``.png``, and takes a few minutes on two cores.
@@ -67,7 +67,7 @@ def plot(results: Dict[str, Dict[str, Any]], path: Path) -> None:
 
     Args:
         results: By model, as :func:`main` writes them.
-        path: The picture's file.
+        path: The image's file.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -94,11 +94,11 @@ def plot(results: Dict[str, Dict[str, Any]], path: Path) -> None:
         left.plot(epochs, [point['loss'] for point in curve], marker='.', label=label)
         right.plot(epochs, [point['top1'] for point in curve], marker='.', label=label)
     left.set(xlabel='epoch', ylabel='training loss')
-    right.set(xlabel='epoch', ylabel='accuracy on held-out pictures, %', ylim=(0, 100))
+    right.set(xlabel='epoch', ylabel='accuracy on held-out images, %', ylim=(0, 100))
     right.legend(loc='lower right')
-    picture = io.BytesIO()
-    figure.savefig(picture, format='png', dpi=110)
-    Image.open(picture).convert('RGB').quantize(64).save(path, optimize=True)  # a quarter of the size
+    image = io.BytesIO()
+    figure.savefig(image, format='png', dpi=110)
+    Image.open(image).convert('RGB').quantize(64).save(path, optimize=True)  # a quarter of the size
 
 
 def main(argv: Optional[Sequence[str]] = None) -> Dict[str, Dict[str, Any]]:
@@ -113,7 +113,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Dict[str, Dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--model', default='cspnet_nano', help='a model of the package that has Darknet\'s blocks')
     parser.add_argument('--epochs', type=int, default=10)
-    parser.add_argument('--pictures', type=int, default=4000, help='to train on; a quarter as many are held out')
+    parser.add_argument('--images', type=int, default=4000, help='to train on; a quarter as many are held out')
     parser.add_argument('--lr', type=float, default=2e-3)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--output', type=Path, default=Path('train_shapes'), help='path without extension')
@@ -126,7 +126,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Dict[str, Dict[str, Any]]:
     }
     results: Dict[str, Dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as root:
-        draw_dataset(Path(root), {'train': args.pictures, 'validation': args.pictures // 4}, args.seed)
+        draw_dataset(Path(root), {'train': args.images, 'validation': args.images // 4}, args.seed)
         for name, build in builders.items():
             model = build()
             # No augmentation: a flip would change the class.
@@ -134,9 +134,9 @@ def main(argv: Optional[Sequence[str]] = None) -> Dict[str, Dict[str, Any]]:
             curve, _ = train(model, loader, held_out, args.epochs, args.lr, description=name)
             results[name] = dict(
                 parameters=sum(p.numel() for p in model.parameters()), top1=curve[-1]['top1'], curve=curve,
-                pictures=args.pictures, held_out=args.pictures // 4, size=SIZE, seed=args.seed, lr=args.lr,
+                images=args.images, held_out=args.images // 4, size=SIZE, seed=args.seed, lr=args.lr,
             )
-            print(f'{name}: {curve[-1]["top1"]:.1f} % of {args.pictures // 4} held-out pictures')
+            print(f'{name}: {curve[-1]["top1"]:.1f} % of {args.images // 4} held-out images')
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix('.json').write_text(json.dumps(results, indent=1) + '\n')
     plot(results, args.output.with_suffix('.png'))

@@ -279,7 +279,7 @@ class CspBackbone(nn.Module):
         """Compute the features and the levels' outputs on the way.
 
         Args:
-            x: Pictures ``(B, in_chans, H, W)``.
+            x: Images ``(B, in_chans, H, W)``.
             indices: The last n levels if an int, the named ones if a sequence, all if None.
             norm: Without effect, there is no final normalisation.
             stop_early: Stop at the last level that is asked for.
@@ -357,7 +357,7 @@ class CspBackbone(nn.Module):
         """Compute the last level's output.
 
         Args:
-            x: Pictures ``(B, in_chans, H, W)``.
+            x: Images ``(B, in_chans, H, W)``.
 
         Returns:
             Features ``(B, num_features, H', W')``.
@@ -381,7 +381,7 @@ class CspBackbone(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Classify pictures ``(B, in_chans, H, W)``: ``(B, num_classes)``."""
+        """Classify images ``(B, in_chans, H, W)``: ``(B, num_classes)``."""
         return self.forward_head(self.forward_features(x))
 
 

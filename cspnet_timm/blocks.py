@@ -8,8 +8,8 @@ from timm.layers import DropPath, use_fused_attn
 
 from .layers import ActLayer, ConvNormAct, NormLayer, PartialShortcut, create_act, zero_init
 
-__all__ = ['AttentionBlock', 'BottleBlock', 'Collect', 'DarkBlock', 'DenseBlock', 'DenseLayer', 'ElasticBlock',
-           'InvertedBlock']
+__all__ = ['AttentionBlock', 'BottleneckBlock', 'ConcatOutputs', 'DarkBlock', 'DenseBlock', 'DenseLayer',
+           'ElasticBlock', 'InvertedResidual']
 
 
 class DarkBlock(nn.Module):
@@ -81,7 +81,7 @@ class DarkBlock(nn.Module):
         return y + x if self.shortcut else y
 
 
-class Collect(nn.Module):
+class ConcatOutputs(nn.Module):
     """Chain blocks and concatenate the input and every block's output, as C2f, ELAN and dense blocks of the field do.
 
     Input ``(B, C, H, W)``, output ``(B, out_chs, H, W)`` in the order [input, first block, second block, …].
@@ -106,7 +106,7 @@ class Collect(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
-class BottleBlock(nn.Module):
+class BottleneckBlock(nn.Module):
     """ResNet's and ResNeXt's residual block: 1×1, 3×3, linear 1×1, the input added, an activation.
 
     There is no projection: where input and output differ, :class:`~cspnet_timm.layers.PartialShortcut` adds them.
@@ -214,7 +214,7 @@ class ElasticBlock(nn.Module):
         return self.act(self.drop_path(torch.cat([full, low], dim=1)) + x)
 
 
-class InvertedBlock(nn.Module):
+class InvertedResidual(nn.Module):
     """MobileNetV2's residual block: 1×1 up, depthwise 3×3, linear 1×1 down.
 
     The input is added where its shape is the output's; nothing follows the sum. The depthwise convolution may give

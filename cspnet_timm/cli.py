@@ -79,36 +79,36 @@ def _list(args: argparse.Namespace) -> None:
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def _open_pictures(paths: Sequence[str]) -> List[Path]:
+def _open_images(paths: Sequence[str]) -> List[Path]:
     from PIL import Image
 
-    pictures = []
+    images = []
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f'{path}: there is no such picture.')
+            raise UserError(f'{path}: there is no such image.')
         try:
             with Image.open(path) as image:
                 image.verify()
         except Exception as error:  # Pillow raises almost anything on damaged files
-            raise UserError(f'{path}: cannot be read as a picture ({error}).') from error
-        pictures.append(path)
-    return pictures
+            raise UserError(f'{path}: cannot be read as an image ({error}).') from error
+        images.append(path)
+    return images
 
 
-def _output_paths(pictures: Sequence[Path], out: Path, model: str) -> List[Path]:
+def _output_paths(images: Sequence[Path], out: Path, model: str) -> List[Path]:
     if out.exists() and not out.is_dir():
         raise UserError(f'--out {out}: is a file, not a directory.')
-    paths = [out / f'{picture.stem}.{model}.png' for picture in pictures]
+    paths = [out / f'{image.stem}.{model}.png' for image in images]
     for i, path in enumerate(paths):
         if path in paths[:i]:
-            raise UserError(f'{pictures[i]}: {path} is already the result of {pictures[paths.index(path)]}.')
+            raise UserError(f'{images[i]}: {path} is already the result of {images[paths.index(path)]}.')
     return paths
 
 
 def _features(args: argparse.Namespace) -> None:
     check_model_name(args.model)
-    pictures = _open_pictures(args.images)
-    paths = _output_paths(pictures, Path(args.out), args.model) if args.out else []
+    images = _open_images(args.images)
+    paths = _output_paths(images, Path(args.out), args.model) if args.out else []
 
     import timm
     import torch
@@ -116,7 +116,7 @@ def _features(args: argparse.Namespace) -> None:
     from PIL import Image
     from timm.data import create_transform, resolve_data_config
 
-    from .feature_picture import feature_picture, save_picture
+    from .feature_image import feature_image, save_image
 
     torch.manual_seed(0)  # the same random weights every time, where there are no others
     try:
@@ -129,16 +129,16 @@ def _features(args: argparse.Namespace) -> None:
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
     if paths:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-    many = len(pictures) > 3
+    many = len(images) > 3
     if not args.pretrained:
         print('The weights are random: --pretrained takes the released ones.')
-    for i, picture in enumerate(tqdm(pictures, unit='picture', disable=not many)):
-        with Image.open(picture) as image:
+    for i, file in enumerate(tqdm(images, unit='image', disable=not many)):
+        with Image.open(file) as image:
             x = transform(image.convert('RGB'))
         with torch.no_grad():
             features = [level[0] for level in model(x[None])]
         if not many or not paths:
-            print(f'{picture}: {args.model}, input {tuple(x.shape)}')
+            print(f'{file}: {args.model}, input {tuple(x.shape)}')
             for info, level in zip(infos, features):
                 print(
                     f'  {info["module"]:<8} stride {info["reduction"]:>2}  channels {info["num_chs"]:>4}  '
@@ -147,11 +147,11 @@ def _features(args: argparse.Namespace) -> None:
         if paths:
             pixels = ((x * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
             seen = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            save_picture(feature_picture(seen, features, infos), paths[i])
+            save_image(feature_image(seen, features, infos), paths[i])
             if not many:
                 print(f'  -> {paths[i]}')
     if many and paths:
-        print(f'{len(paths)} pictures -> {args.out}')
+        print(f'{len(paths)} images -> {args.out}')
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -194,12 +194,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_list)
 
     command = commands.add_parser(
-        'features', help='what each level of a model makes of pictures',
+        'features', help='what each level of a model makes of images',
         description='Print the shape, stride and channels of each level, and draw the strongest channels of each.')
-    command.add_argument('images', nargs='+', metavar='IMAGE', help='pictures of any format that Pillow reads')
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='images of any format that Pillow reads')
     command.add_argument('--model', required=True, metavar='NAME', help='a name of `cspnet-timm list`')
     command.add_argument('--pretrained', action='store_true', help='download and use the released weights')
-    command.add_argument('--out', metavar='DIR', help='write one PNG per picture into this directory')
+    command.add_argument('--out', metavar='DIR', help='write one PNG per image into this directory')
     command.set_defaults(run=_features)
 
     files = '.pth, .pt, .pdparams, .weights, .safetensors, …'

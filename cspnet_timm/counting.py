@@ -22,11 +22,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> int:
-    """Multiply-accumulates of the convolutions and matrix products for one picture.
+    """Multiply-accumulates of the convolutions and matrix products for one image.
 
     Args:
         model: The network, on any device, the meta device included.
-        input_size: ``(C, H, W)`` of the picture.
+        input_size: ``(C, H, W)`` of the image.
 
     Returns:
         The number, half of what PyTorch's ``FlopCounterMode`` counts.

@@ -88,7 +88,7 @@ def _weights(names: List[str]) -> str:
 
 
 def _best(infos: List[Any], metric: str) -> str:
-    """The best published figure of a model's weights, and the size of picture that it is for."""
+    """The best published figure of a model's weights, and the size of image that it is for."""
     found = [(info.metrics[metric], info.metrics['size']) for info in infos if metric in info.metrics]
     return f'{_number(max(found)[0])} at {max(found)[1]:g}' if found else '–'
 

@@ -36,7 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--lr', type=float, default=2e-3)
     parser.add_argument('--layer-decay', type=float, default=0.8)
-    parser.add_argument('--pictures', type=int, default=2000, help='shapes to draw; a quarter as many are held out')
+    parser.add_argument('--images', type=int, default=2000, help='shapes to draw; a quarter as many are held out')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--license', help='of the file, by its name on the Hub, if it does not tell')
     parser.add_argument('--private', action='store_true', help='create a private repository')
@@ -50,13 +50,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = args.data or Path(folder)
         if args.data is None:
-            draw_dataset(root, {'train': args.pictures, 'validation': args.pictures // 4}, args.seed)
+            draw_dataset(root, {'train': args.images, 'validation': args.images // 4}, args.seed)
         names = class_names(root)
         model = timm.create_model(f'local-dir:{args.output}', pretrained=True, num_classes=len(names))
         loader, held_out, config = create_loaders(
             model, root, args.img_size, args.batch_size, augment=args.data is not None)
         curve, average = train(model, loader, held_out, args.epochs, args.lr, args.layer_decay, done.model)
-    print(f'{done.model}: {curve[-1]["ema_top1"]:.1f} % of {len(held_out.dataset)} held-out pictures, '
+    print(f'{done.model}: {curve[-1]["ema_top1"]:.1f} % of {len(held_out.dataset)} held-out images, '
           f'{len(names)} classes')
 
     commit = cspnet_timm.hub.push(

@@ -2,7 +2,7 @@
 
     python examples/detect.py --output found.png
 
-It is FCOS on a feature pyramid over ``layer2`` to ``layer4``, evaluated by COCO's mAP on pictures that it has not seen.
+It is FCOS on a feature pyramid over ``layer2`` to ``layer4``, evaluated by COCO's mAP on images that it has not seen.
 """
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn as nn
 from huggingface_hub.utils import tqdm
-from shapes import SHAPES, Scenes, write_pictures
+from shapes import SHAPES, Scenes, write_images
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, random_seed
@@ -26,7 +26,7 @@ from torchvision.utils import draw_bounding_boxes
 Boxes = Dict[str, torch.Tensor]
 
 COLOURS = ('yellow', 'cyan', 'magenta')  # of the boxes around SHAPES
-ZOOM = 3  # of the pictures that are drawn
+ZOOM = 3  # of the images that are drawn
 
 
 def create_detector(name: str, size: int, chs: int = 64, **kwargs: Any) -> nn.Module:
@@ -34,7 +34,7 @@ def create_detector(name: str, size: int, chs: int = 64, **kwargs: Any) -> nn.Mo
 
     Args:
         name: A model with the strides 8, 16 and 32.
-        size: Of the pictures, on each side.
+        size: Of the images, on each side.
         chs: Channels of the pyramid and the head; torchvision's own detectors have 256.
         **kwargs: For ``timm.create_model``.
 
@@ -53,8 +53,8 @@ def average_precision(found: Sequence[Boxes], targets: Sequence[Boxes], threshol
     """Mean over the classes of the average precision, as COCO defines it.
 
     Args:
-        found: Per picture the ``boxes``, ``labels`` and ``scores``, the best first.
-        targets: Per picture the true ``boxes`` and ``labels``.
+        found: Per image the ``boxes``, ``labels`` and ``scores``, the best first.
+        targets: Per image the true ``boxes`` and ``labels``.
         threshold: Intersection over union from which a true box is found.
 
     Returns:
@@ -81,9 +81,9 @@ def average_precision(found: Sequence[Boxes], targets: Sequence[Boxes], threshol
 
 
 def collate(items: List[Tuple[torch.Tensor, Boxes]]) -> Tuple[List[torch.Tensor], List[Boxes]]:
-    """Leave pictures and targets in lists, as torchvision's detectors take them."""
-    pictures, targets = zip(*items)
-    return list(pictures), list(targets)
+    """Leave images and targets in lists, as torchvision's detectors take them."""
+    images, targets = zip(*items)
+    return list(images), list(targets)
 
 
 def train(model: nn.Module, loader: Any, epochs: int, lr: float) -> None:
@@ -91,8 +91,8 @@ def train(model: nn.Module, loader: Any, epochs: int, lr: float) -> None:
 
     Args:
         model: The detector, which is trained in place.
-        loader: Gives lists of pictures and of targets.
-        epochs: How many times it sees every picture.
+        loader: Gives lists of images and of targets.
+        epochs: How many times it sees every image.
         lr: Largest learning rate, of AdamW.
     """
     device = next(model.parameters()).device
@@ -105,9 +105,9 @@ def train(model: nn.Module, loader: Any, epochs: int, lr: float) -> None:
         for _ in range(epochs):
             model.train()
             losses = AverageMeter()
-            for pictures, targets in loader:
+            for images, targets in loader:
                 loss = sum(model(
-                    [picture.to(device) for picture in pictures],
+                    [image.to(device) for image in images],
                     [{k: v.to(device) for k, v in target.items()} for target in targets],
                 ).values())
                 optimizer.zero_grad()
@@ -116,46 +116,46 @@ def train(model: nn.Module, loader: Any, epochs: int, lr: float) -> None:
                 optimizer.step()
                 step += 1
                 scheduler.step_update(step)
-                losses.update(loss.item(), len(pictures))
+                losses.update(loss.item(), len(images))
                 bar.update()
             bar.set_postfix(loss=f'{losses.avg:.3f}')
 
 
 @torch.no_grad()
 def detect(model: nn.Module, loader: Any) -> Tuple[List[torch.Tensor], List[Boxes], List[Boxes]]:
-    """Find the shapes in every picture.
+    """Find the shapes in every image.
 
     Args:
         model: The detector.
-        loader: Gives lists of pictures and of targets.
+        loader: Gives lists of images and of targets.
 
     Returns:
-        The pictures, what was found in each, and the targets.
+        The images, what was found in each, and the targets.
     """
     model.eval()
     device = next(model.parameters()).device
-    pictures: List[torch.Tensor] = []
+    images: List[torch.Tensor] = []
     found: List[Boxes] = []
     targets: List[Boxes] = []
     for batch, truth in loader:
         found += [{k: v.cpu() for k, v in boxes.items()} for boxes in model([p.to(device) for p in batch])]
-        pictures += batch
+        images += batch
         targets += truth
-    return pictures, found, targets
+    return images, found, targets
 
 
-def draw_boxes(picture: torch.Tensor, boxes: Boxes, least: float = 0.5) -> torch.Tensor:
+def draw_boxes(image: torch.Tensor, boxes: Boxes, least: float = 0.5) -> torch.Tensor:
     """Draw what was found.
 
     Args:
-        picture: ``(3, H, W)`` from 0 to 1.
+        image: ``(3, H, W)`` from 0 to 1.
         boxes: Its ``boxes``, ``labels`` and ``scores``.
         least: Score of a box that is drawn.
 
     Returns:
-        The picture, enlarged, of bytes.
+        The image, enlarged, of bytes.
     """
-    large = (picture * 255).byte().repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
+    large = (image * 255).byte().repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
     sure = boxes['scores'] >= least
     colours = [COLOURS[label - 1] for label in boxes['labels'][sure].tolist()]
     return draw_bounding_boxes(large, boxes['boxes'][sure] * ZOOM, colors=colours, width=2)
@@ -170,31 +170,31 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--model', default='cspnet_nano', help='a model with the strides 8, 16 and 32')
     parser.add_argument('--pretrained', action='store_true', help='start from the backbone\'s released weights')
-    parser.add_argument('--freeze-bn', action='store_true', help='for pretrained weights and few pictures per step')
+    parser.add_argument('--freeze-bn', action='store_true', help='for pretrained weights and few images per step')
     parser.add_argument('--epochs', type=int, default=12)
-    parser.add_argument('--pictures', type=int, default=600, help='to train on; a quarter as many are held out')
-    parser.add_argument('--size', type=int, default=96, help='of the pictures, on each side')
+    parser.add_argument('--images', type=int, default=600, help='to train on; a quarter as many are held out')
+    parser.add_argument('--size', type=int, default=96, help='of the images, on each side')
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--lr', type=float, default=5e-3)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--output', type=Path, default=Path('detect.png'), help='some held-out pictures with the boxes')
+    parser.add_argument('--output', type=Path, default=Path('detect.png'), help='some held-out images with the boxes')
     args = parser.parse_args(argv)
 
     random_seed(args.seed)
     loader = DataLoader(
-        Scenes(args.pictures, args.size, args.seed), args.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+        Scenes(args.images, args.size, args.seed), args.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     held_out = DataLoader(
-        Scenes(args.pictures // 4, args.size, args.seed + 1), args.batch_size, collate_fn=collate)
+        Scenes(args.images // 4, args.size, args.seed + 1), args.batch_size, collate_fn=collate)
     model = create_detector(
         args.model, args.size, pretrained=args.pretrained,
         norm_layer='frozenbatchnorm2d' if args.freeze_bn else None).to(args.device)
     train(model, loader, args.epochs, args.lr)
-    pictures, found, targets = detect(model, held_out)
+    images, found, targets = detect(model, held_out)
     precisions = [average_precision(found, targets, threshold / 100) for threshold in range(50, 100, 5)]
     mean = sum(precisions) / len(precisions)
-    print(f'{args.model}: mAP {mean:.3f}, at IoU 0.5 {precisions[0]:.3f}, on {len(pictures)} held-out pictures')
-    write_pictures([draw_boxes(*pair) for pair in zip(pictures[:8], found)], args.output, columns=4)
+    print(f'{args.model}: mAP {mean:.3f}, at IoU 0.5 {precisions[0]:.3f}, on {len(images)} held-out images')
+    write_images([draw_boxes(*pair) for pair in zip(images[:8], found)], args.output, columns=4)
     print(args.output)
 
 

@@ -1,6 +1,6 @@
-"""Fine-tune a classifier on a folder of pictures, with timm's own training pieces.
+"""Fine-tune a classifier on a folder of images, with timm's own training pieces.
 
-    python examples/finetune.py pictures --model cspnet_small --pretrained --layer-decay 0.7
+    python examples/finetune.py images --model cspnet_small --pretrained --layer-decay 0.7
 
 The folder has ``train`` and ``validation``, each with a folder per class. Without one, shapes are drawn (see
 ``shapes.py``), and a small network learns them from nothing. What is written, ``timm.create_model('local-dir:…',
@@ -27,11 +27,11 @@ import cspnet_timm
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Any) -> float:
-    """Percentage of the pictures that the model names right.
+    """Percentage of the images that the model names right.
 
     Args:
         model: The model.
-        loader: timm's loader of the held-out pictures.
+        loader: timm's loader of the held-out images.
 
     Returns:
         The top-1 accuracy in percent.
@@ -39,8 +39,8 @@ def evaluate(model: nn.Module, loader: Any) -> float:
     model.eval()
     device = next(model.parameters()).device
     meter = AverageMeter()
-    for pictures, labels in loader:
-        meter.update(accuracy(model(pictures.to(device)), labels.to(device))[0].item(), len(labels))
+    for images, labels in loader:
+        meter.update(accuracy(model(images.to(device)), labels.to(device))[0].item(), len(labels))
     return meter.avg
 
 
@@ -57,15 +57,15 @@ def train(
 
     Args:
         model: The model, which is trained in place.
-        loader: timm's loader of the pictures to train on.
-        held_out: That of the pictures to evaluate on.
-        epochs: How many times it sees every picture.
+        loader: timm's loader of the images to train on.
+        held_out: That of the images to evaluate on.
+        epochs: How many times it sees every image.
         lr: Largest learning rate, of AdamW.
         layer_decay: What the learning rate is multiplied with from each block to the one before it.
         description: In front of the progress bar.
 
     Returns:
-        Per epoch the mean ``loss``, the ``top1`` accuracy on the held-out pictures and that of the moving average,
+        Per epoch the mean ``loss``, the ``top1`` accuracy on the held-out images and that of the moving average,
         ``ema_top1``; and the moving average of the model.
     """
     device = next(model.parameters()).device
@@ -81,8 +81,8 @@ def train(
         for epoch in range(epochs):
             model.train()
             losses = AverageMeter()
-            for pictures, labels in loader:
-                loss = criterion(model(pictures.to(device)), labels.to(device))
+            for images, labels in loader:
+                loss = criterion(model(images.to(device)), labels.to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -111,24 +111,24 @@ def create_loaders(
         augment: bool = True,
         workers: int = 0,
 ) -> Tuple[Any, Any, Dict[str, Any]]:
-    """Create timm's loaders of a folder's pictures, prepared as the model wants them.
+    """Create timm's loaders of a folder's images, prepared as the model wants them.
 
     Args:
         model: The model.
         root: A folder with ``train`` and ``validation``, each with a folder per class.
-        size: Of the pictures on each side, by default the model's own.
-        batch_size: Pictures per step.
-        augment: Crop, flip and colour the pictures to train on at random; without, they are seen whole.
-        workers: Processes that read pictures.
+        size: Of the images on each side, by default the model's own.
+        batch_size: Images per step.
+        augment: Crop, flip and colour the images to train on at random; without, they are seen whole.
+        workers: Processes that read images.
 
     Returns:
-        The loader to train with, that of the held-out pictures, and the preprocessing.
+        The loader to train with, that of the held-out images, and the preprocessing.
 
     Raises:
         ValueError: If both have not the same classes.
     """
-    pictures, held_out = (create_dataset('', root=str(root), split=split) for split in ('train', 'validation'))
-    if pictures.reader.class_to_idx != held_out.reader.class_to_idx:
+    images, held_out = (create_dataset('', root=str(root), split=split) for split in ('train', 'validation'))
+    if images.reader.class_to_idx != held_out.reader.class_to_idx:
         raise ValueError(f'{root}: train and validation have different classes')
     config = resolve_model_data_config(model)
     config['input_size'] = (config['input_size'][0], *([size] * 2 if size else config['input_size'][1:]))
@@ -136,7 +136,7 @@ def create_loaders(
         config['crop_pct'] = 1.
     options = dict(batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0, use_prefetcher=False,
                    **config)
-    loader = create_loader(pictures, is_training=True, no_aug=not augment, **options)
+    loader = create_loader(images, is_training=True, no_aug=not augment, **options)
     return loader, create_loader(held_out, **options), config
 
 
@@ -155,8 +155,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--lr', type=float, default=2e-3)
     parser.add_argument('--layer-decay', type=float, help='0.7 keeps most of what pretrained first levels know')
-    parser.add_argument('--pictures', type=int, default=4000, help='shapes to draw; a quarter as many are held out')
-    parser.add_argument('--workers', type=int, default=0, help='processes that read pictures')
+    parser.add_argument('--images', type=int, default=4000, help='shapes to draw; a quarter as many are held out')
+    parser.add_argument('--workers', type=int, default=0, help='processes that read images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--license', help='of the result, by its name on the Hub; by default that of the weights')
@@ -169,7 +169,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = args.data or Path(folder)
         if args.data is None:
-            draw_dataset(root, {'train': args.pictures, 'validation': args.pictures // 4}, args.seed)
+            draw_dataset(root, {'train': args.images, 'validation': args.images // 4}, args.seed)
         names = class_names(root)
         model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=len(names)).to(args.device)
         about = dict(
@@ -182,7 +182,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             augment=args.data is not None, workers=args.workers)
         curve, average = train(model, loader, held_out, args.epochs, args.lr, args.layer_decay, args.model)
     cspnet_timm.hub.save(average, args.output, data_config=config, **about)
-    print(f'{args.model}: {curve[-1]["ema_top1"]:.1f} % of {len(held_out.dataset)} held-out pictures, '
+    print(f'{args.model}: {curve[-1]["ema_top1"]:.1f} % of {len(held_out.dataset)} held-out images, '
           f'{len(names)} classes')
     print(f'{args.output}: timm.create_model(\'local-dir:{args.output}\', pretrained=True)')
 

@@ -1,7 +1,7 @@
-"""Drawn pictures for the examples, instead of a data set that would have to be downloaded.
+"""Drawn images for the examples, instead of a data set that would have to be downloaded.
 
-:func:`draw_dataset` writes a folder of one shape per picture, to classify; :class:`Scenes` has several shapes in each
-picture, with their boxes to detect and their masks to segment.
+:func:`draw_dataset` writes a folder of one shape per image, to classify; :class:`Scenes` has several shapes in each
+image, with their boxes to detect and their masks to segment.
 """
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
 SIZE = 64
-CLASSES = (  # shape, texture, half of the picture
+CLASSES = (  # shape, texture, half of the image
     ('disc', 'rows', 'left'), ('disc', 'rows', 'right'), ('disc', 'columns', 'left'), ('disc', 'columns', 'right'),
     ('square', 'rows', 'left'), ('square', 'rows', 'right'), ('square', 'columns', 'left'),
     ('square', 'columns', 'right'), ('triangle', 'rows', None), ('triangle', 'columns', None),
@@ -45,7 +45,7 @@ def draw_figure(
         x: Centre, from the left.
         y: Centre, from the top.
         radius: Of the shape.
-        size: Of the picture, on each side.
+        size: Of the image, on each side.
         rng: What decides on the angle and the stripes.
 
     Returns:
@@ -68,7 +68,7 @@ def draw_figure(
 
 
 def draw(shape: str, texture: str, half: Optional[str], rng: np.random.Generator) -> Image.Image:
-    """Draw one picture: a striped shape before a noisy ground.
+    """Draw one image: a striped shape before a noisy ground.
 
     Args:
         shape: A key of :data:`OUTLINES`.
@@ -77,7 +77,7 @@ def draw(shape: str, texture: str, half: Optional[str], rng: np.random.Generator
         rng: What decides on size, place, angle and colours.
 
     Returns:
-        The picture, :data:`SIZE` pixels on each side.
+        The image, :data:`SIZE` pixels on each side.
     """
     radius = rng.uniform(9, 14)
     low, high = {'left': (radius, SIZE / 2 - 4), 'right': (SIZE / 2 + 4, SIZE - radius)}.get(
@@ -86,17 +86,17 @@ def draw(shape: str, texture: str, half: Optional[str], rng: np.random.Generator
     mask, stripes = draw_figure(shape, texture, x, y, radius, SIZE, rng)
     light, dark, ground = rng.uniform((130, 0, 40), (255, 100, 200), (3, 3)).T
     figure = np.where(stripes[..., None], light, dark)
-    picture = np.where(np.asarray(mask)[..., None] > 0, figure, ground) + rng.normal(0, 15, (SIZE, SIZE, 3))
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    image = np.where(np.asarray(mask)[..., None] > 0, figure, ground) + rng.normal(0, 15, (SIZE, SIZE, 3))
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
 def draw_dataset(root: Path, counts: Dict[str, int], seed: int = 0) -> None:
-    """Draw a folder of pictures as timm reads it: ``root/split/class/number.png``.
+    """Draw a folder of images as timm reads it: ``root/split/class/number.png``.
 
     Args:
         root: The folder.
-        counts: Pictures per split, the classes in turn.
-        seed: Of the drawing; no picture of one split is in another.
+        counts: Images per split, the classes in turn.
+        seed: Of the drawing; no image of one split is in another.
     """
     for i, (split, count) in enumerate(counts.items()):
         rng = np.random.default_rng([seed, i])
@@ -108,9 +108,9 @@ def draw_dataset(root: Path, counts: Dict[str, int], seed: int = 0) -> None:
 
 
 class Scenes(Dataset):
-    """Pictures of one to four striped shapes of any size and place, none before another, on a noisy ground.
+    """Images of one to four striped shapes of any size and place, none before another, on a noisy ground.
 
-    An item is the picture, ``(3, size, size)`` from 0 to 1, and its target as torchvision's detectors take it:
+    An item is the image, ``(3, size, size)`` from 0 to 1, and its target as torchvision's detectors take it:
     ``boxes``, ``(N, 4)`` of left, top, right and bottom, and ``labels``, ``(N,)``, from 1 in the order of
     :data:`SHAPES`. The target also has the ``mask`` of the labels, ``(size, size)``, 0 for the ground.
     """
@@ -118,9 +118,9 @@ class Scenes(Dataset):
     def __init__(self, count: int, size: int = 96, seed: int = 0) -> None:
         """
         Args:
-            count: How many pictures.
-            size: Of the pictures, on each side.
-            seed: Of the drawing; no two seeds have a picture in common.
+            count: How many images.
+            size: Of the images, on each side.
+            seed: Of the drawing; no two seeds have an image in common.
         """
         self.items = [self._draw(size, np.random.default_rng([seed, i])) for i in tqdm(range(count), desc='Drawing')]
 
@@ -132,7 +132,7 @@ class Scenes(Dataset):
 
     @staticmethod
     def _draw(size: int, rng: np.random.Generator) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-        picture = np.broadcast_to(rng.uniform(40, 200, 3), (size, size, 3))
+        image = np.broadcast_to(rng.uniform(40, 200, 3), (size, size, 3))
         labels = np.zeros((size, size), int)
         boxes: List[Any] = []
         names: List[int] = []
@@ -146,26 +146,26 @@ class Scenes(Dataset):
             if labels[inside].any():  # the place is taken
                 continue
             labels[inside] = label + 1
-            picture = np.where(inside[..., None], np.where(stripes[..., None], light, dark), picture)
+            image = np.where(inside[..., None], np.where(stripes[..., None], light, dark), image)
             boxes.append(mask.getbbox())
             names.append(label + 1)
-        picture = (picture + rng.normal(0, 15, picture.shape)).clip(0, 255) / 255
-        return torch.tensor(picture, dtype=torch.float32).permute(2, 0, 1).contiguous(), {
+        image = (image + rng.normal(0, 15, image.shape)).clip(0, 255) / 255
+        return torch.tensor(image, dtype=torch.float32).permute(2, 0, 1).contiguous(), {
             'boxes': torch.tensor(boxes, dtype=torch.float32), 'labels': torch.tensor(names),
             'mask': torch.tensor(labels),
         }
 
 
-def write_pictures(pictures: List[torch.Tensor], path: Path, columns: int) -> None:
-    """Write pictures side by side into one file, which appears complete or not at all.
+def write_images(images: List[torch.Tensor], path: Path, columns: int) -> None:
+    """Write images side by side into one file, which appears complete or not at all.
 
     Args:
-        pictures: Of one size, ``(3, H, W)`` of bytes.
+        images: Of one size, ``(3, H, W)`` of bytes.
         path: The PNG.
-        columns: Pictures per row.
+        columns: Images per row.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(pictures, columns, padding=4, pad_value=255).permute(1, 2, 0).numpy()
+    grid = make_grid(images, columns, padding=4, pad_value=255).permute(1, 2, 0).numpy()
     temporary = path.with_name(f'.{path.name}')
     Image.fromarray(grid).save(temporary, 'png', optimize=True)
     temporary.replace(path)

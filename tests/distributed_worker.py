@@ -26,8 +26,8 @@ def batch():
     return torch.randn(4, 3, 64, 64, generator=generator), torch.arange(4) % CLASSES
 
 
-def loss_of(model, pictures, labels):
-    return torch.nn.functional.cross_entropy(model(pictures), labels)
+def loss_of(model, images, labels):
+    return torch.nn.functional.cross_entropy(model(images), labels)
 
 
 def gradients(model):
@@ -45,22 +45,22 @@ def worst(found, expected):
 
 
 def check(name, folder, rank):
-    pictures, labels = batch()
+    images, labels = batch()
     mine = slice(rank, None, 2)
     single = create(name)
-    loss_of(single, pictures, labels).backward()
+    loss_of(single, images, labels).backward()
     expected = gradients(single)
     result = {}
 
     parallel = DistributedDataParallel(create(name))
     for _ in range(2):  # with a parameter left over, the second forward is an error
         parallel.zero_grad()
-        loss_of(parallel, pictures[mine], labels[mine]).backward()
+        loss_of(parallel, images[mine], labels[mine]).backward()
     result['ddp'] = worst(gradients(parallel), expected)
 
     extractor = DistributedDataParallel(timm.create_model(name, features_only=True))
     for _ in range(2):
-        sum(m.square().mean() for m in extractor(pictures[mine])).backward()
+        sum(m.square().mean() for m in extractor(images[mine])).backward()
     result['extractor'] = all(p.grad is not None for p in extractor.parameters())
 
     mesh = init_device_mesh('cpu', (dist.get_world_size(),))
@@ -68,7 +68,7 @@ def check(name, folder, rank):
     for level in sharded.levels():
         fully_shard(level, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    loss_of(sharded, pictures[mine], labels[mine]).backward()
+    loss_of(sharded, images[mine], labels[mine]).backward()
     result['fsdp'] = worst(gradients(sharded), expected)
     dcp.save(sharded.state_dict(), checkpoint_id=folder / name)
     full = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

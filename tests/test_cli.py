@@ -10,7 +10,7 @@ from PIL import Image
 
 from cspnet_timm.cli import main
 from cspnet_timm.counting import count_macs, count_parameters
-from cspnet_timm.feature_picture import strongest_channels
+from cspnet_timm.feature_image import strongest_channels
 from tests.zoo import ALL
 
 SAMPLE = Path(__file__).resolve().parent.parent / 'docs' / 'sample.jpg'
@@ -50,19 +50,19 @@ def test_features_prints_every_level(capsys):
         assert f'{level:<8} stride {stride:>2}  channels {chs:>4}  shape {shape}' in out
 
 
-def test_features_writes_pictures(tmp_path, capsys):
-    pictures = [SAMPLE]
+def test_features_writes_images(tmp_path, capsys):
+    images = [SAMPLE]
     for i, mode in enumerate(('L', 'RGBA', 'P')):
-        pictures.append(tmp_path / f'{mode}.png')
-        Image.open(SAMPLE).resize((90 + i, 70)).convert(mode).save(pictures[-1])
+        images.append(tmp_path / f'{mode}.png')
+        Image.open(SAMPLE).resize((90 + i, 70)).convert(mode).save(images[-1])
     out = tmp_path / 'deep' / 'out'
-    assert main(['features', *map(str, pictures), '--model', 'cspnet_nano', '--out', str(out)]) == 0
+    assert main(['features', *map(str, images), '--model', 'cspnet_nano', '--out', str(out)]) == 0
     written = sorted(p.name for p in out.iterdir())
-    assert written == sorted(f'{p.stem}.cspnet_nano.png' for p in pictures)
+    assert written == sorted(f'{p.stem}.cspnet_nano.png' for p in images)
     with Image.open(out / 'sample.cspnet_nano.png') as drawing:
         assert drawing.format == 'PNG' and drawing.width == 6 * 232 + 8
         assert len(drawing.getcolors(1 << 20)) > 1000
-    assert '4 pictures' in capsys.readouterr().out
+    assert '4 images' in capsys.readouterr().out
 
 
 def test_strongest_channels():
@@ -74,8 +74,8 @@ def test_strongest_channels():
 
 
 @pytest.mark.parametrize('args, message', [
-    (['features', 'nowhere.jpg', '--model', 'cspnet_nano'], 'nowhere.jpg: there is no such picture'),
-    (['features', __file__, '--model', 'cspnet_nano'], 'cannot be read as a picture'),
+    (['features', 'nowhere.jpg', '--model', 'cspnet_nano'], 'nowhere.jpg: there is no such image'),
+    (['features', __file__, '--model', 'cspnet_nano'], 'cannot be read as an image'),
     (['features', str(SAMPLE), '--model', 'cspnet_smal'], 'did you mean cspnet_small'),
     (['features', str(SAMPLE), '--model', 'zzz'], "no model 'zzz': `cspnet-timm list` shows all"),
     (['features', str(SAMPLE), '--model', 'cspnet_small.in22k'], "no weights 'in22k', only: ra4_e3600"),
@@ -93,12 +93,12 @@ def test_bad_input(args, message, capsys, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_damaged_picture(tmp_path, capsys):
+def test_damaged_image(tmp_path, capsys):
     path = tmp_path / 'half.png'
     Image.open(SAMPLE).save(path)
     path.write_bytes(path.read_bytes()[:2000])
     assert main(['features', str(SAMPLE), str(path), '--model', 'cspnet_nano', '--out', str(tmp_path / 'out')]) == 2
-    assert 'half.png: cannot be read as a picture' in capsys.readouterr().err
+    assert 'half.png: cannot be read as an image' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 

@@ -60,7 +60,7 @@ def assert_backward(loss, backbone):
     assert not missing, missing
 
 
-def pictures(batch=2, size=64, channels=3):
+def images(batch=2, size=64, channels=3):
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -76,7 +76,7 @@ def test_smp(name, decoder, kwargs):
     import segmentation_models_pytorch as smp
 
     model = getattr(smp, decoder)(f'tu-{name}', encoder_weights=None, classes=2, **kwargs)
-    masks = model(pictures(channels=kwargs.get('in_channels', 3)))
+    masks = model(images(channels=kwargs.get('in_channels', 3)))
     assert masks.shape == (2, 2, 64, 64)
     assert_backward(scalar(masks), model.encoder)
 
@@ -86,7 +86,7 @@ def test_smp_with_a_network_that_ends_at_stride_16():
     import segmentation_models_pytorch as smp
 
     model = smp.Unet('tu-cspnet_tutorial', encoder_weights=None, encoder_depth=4, decoder_channels=(64, 32, 16, 16))
-    masks = model(pictures())
+    masks = model(images())
     assert masks.shape == (2, 1, 64, 64)
     assert_backward(scalar(masks), model.encoder)
 
@@ -105,7 +105,7 @@ def test_transformers_backbone(name):
     from transformers import AutoBackbone
 
     backbone = AutoBackbone.from_config(timm_backbone_config(name))
-    outputs = backbone(pictures(), output_hidden_states=True)
+    outputs = backbone(images(), output_hidden_states=True)
     assert [m.shape[-1] for m in outputs.feature_maps] == [8, 4, 2]
     assert [m.shape[1] for m in outputs.feature_maps] == list(backbone.channels)
     assert len(outputs.hidden_states) == 5
@@ -119,7 +119,7 @@ def test_transformers_backbone_options(name):
 
     backbone = AutoBackbone.from_config(timm_backbone_config(
         name, out_indices=[-2, -1], output_stride=16, num_channels=4, freeze_batch_norm_2d=True)).eval()
-    maps = backbone(pictures(channels=4)).feature_maps
+    maps = backbone(images(channels=4)).feature_maps
     assert [m.shape[-1] for m in maps] == [4, 4]
     assert not any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
 
@@ -134,12 +134,12 @@ def test_transformers_detr(name, tmp_path):
         use_pretrained_backbone=False, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=5, num_labels=3,
     ))
-    outputs = model(pictures())
+    outputs = model(images())
     assert outputs.logits.shape == (2, 5, 4)
     assert_backward(scalar([outputs.logits, outputs.pred_boxes]), model.model.backbone)
     model.save_pretrained(tmp_path)
     again = DetrForObjectDetection.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(again(pictures()).logits, model.eval()(pictures()).logits)
+    torch.testing.assert_close(again(images()).logits, model.eval()(images()).logits)
 
 
 @needs('transformers', 'scipy')
@@ -154,7 +154,7 @@ def test_transformers_rt_detr(name):
         encoder_in_channels=timm.create_model(name, features_only=True, out_indices=(2, 3, 4)).feature_info.channels(),
     ))
     labels = [{'class_labels': torch.tensor([1]), 'boxes': torch.tensor([[0.5, 0.5, 0.2, 0.2]])}] * 2
-    outputs = model(pictures(), labels=labels)
+    outputs = model(images(), labels=labels)
     assert outputs.pred_boxes.shape == (2, 10, 4)
     assert_backward(outputs.loss, model.model.backbone)
 
@@ -166,12 +166,12 @@ def test_transformers_timm_wrapper(name, tmp_path):
 
     model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture=name, num_labels=4))
     model.gradient_checkpointing_enable()
-    outputs = model(pictures(), labels=torch.tensor([0, 1]), output_hidden_states=True)
+    outputs = model(images(), labels=torch.tensor([0, 1]), output_hidden_states=True)
     assert outputs.logits.shape == (2, 4) and len(outputs.hidden_states) == 5
     assert_backward(outputs.loss, model)
     model.save_pretrained(tmp_path)
     again = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(again(pictures()).logits, model.eval()(pictures()).logits)
+    torch.testing.assert_close(again(images()).logits, model.eval()(images()).logits)
 
 
 # The wrapper of the RT-DETR and D-FINE repositories: it asks the extractor for the names of its taps, and takes the
@@ -187,7 +187,7 @@ def test_return_layers(name):
     assert set(taps) <= set(children)
     assert sorted(taps, key=children.index) == taps  # by depth, so that a sort by name could not change them
     getter = IntermediateLayerGetter(extractor, {tap: str(i) for i, tap in enumerate(taps)})
-    outputs = getter(pictures())
+    outputs = getter(images())
     assert list(outputs) == ['0', '1', '2']
     assert [m.shape[1] for m in outputs.values()] == extractor.feature_info.channels()
     assert [64 // m.shape[-1] for m in outputs.values()] == extractor.feature_info.reduction()
@@ -217,11 +217,11 @@ def test_torchvision_detection(name, detector):
         backbone = pyramid(name, ['layer2', 'layer3', 'layer4'], lambda chs: LastLevelP6P7(chs, chs))
     model = getattr(detection, detector)(backbone, num_classes=3, min_size=64, max_size=64)
     target = {'boxes': torch.tensor([[8., 8., 40., 50.]]), 'labels': torch.tensor([1])}
-    losses = model(list(pictures()), [target, target])
+    losses = model(list(images()), [target, target])
     assert_backward(sum(losses.values()), backbone.body)
     model.eval()
     with torch.no_grad():
-        found = model([pictures()[0]])
+        found = model([images()[0]])
     assert set(found[0]) == {'boxes', 'labels', 'scores'}
 
 
@@ -235,7 +235,7 @@ def folder(tmp_path):
         for label in ('a', 'b'):
             (tmp_path / split / label).mkdir(parents=True)
             for i in range(4):
-                noise = pictures(1, 64).mul(60).add(128).clamp(0, 255)[0].permute(1, 2, 0).byte().numpy()
+                noise = images(1, 64).mul(60).add(128).clamp(0, 255)[0].permute(1, 2, 0).byte().numpy()
                 Image.fromarray(noise).save(tmp_path / split / label / f'{i}.png')
     return tmp_path
 
@@ -283,12 +283,12 @@ def test_anomalib(name):
 
     layers = ['layer2', 'layer3']  # what anomalib takes if nothing is said
     extractor = TimmFeatureExtractor(name, layers=layers, pre_trained=False, requires_grad=True)
-    maps = extractor(pictures())
+    maps = extractor(images())
     assert {k: v.shape[-1] for k, v in maps.items()} == {'layer2': 8, 'layer3': 4}
     used = nn.ModuleList(module for key, module in extractor.feature_extractor.named_children() if key != 'layer4')
     assert_backward(scalar(maps), used)
     patchcore = PatchcoreModel(backbone=name, pre_trained=False, layers=layers).train()
-    assert patchcore(pictures()).shape[1] == sum(m.shape[1] for m in maps.values())
+    assert patchcore(images()).shape[1] == sum(m.shape[1] for m in maps.values())
 
 
 # Lightning, lightly
@@ -300,13 +300,13 @@ def test_lightning_sync_batchnorm(name):
 
     model = seeded(lambda: timm.create_model(name, num_classes=5)).eval()
     with torch.no_grad():
-        expected = model.forward_intermediates(pictures())
-        plain = model(pictures())
+        expected = model.forward_intermediates(images())
+        plain = model(images())
     converted = TorchSyncBatchNorm().apply(model)
     assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
     with torch.no_grad():
-        features, maps = converted.forward_intermediates(pictures())
-        assert torch.equal(converted(pictures()), plain)
+        features, maps = converted.forward_intermediates(images())
+        assert torch.equal(converted(images()), plain)
     assert all(torch.equal(a, b) for a, b in zip([features, *maps], [expected[0], *expected[1]]))
 
 
@@ -326,7 +326,7 @@ def test_lightning_fit(name, tmp_path):
         def configure_optimizers(self):
             return create_optimizer_v2(self.model, opt='sgd', lr=0.01)
 
-    data = torch.utils.data.DataLoader([(x, i % 2) for i, x in enumerate(pictures(4))], batch_size=2)
+    data = torch.utils.data.DataLoader([(x, i % 2) for i, x in enumerate(images(4))], batch_size=2)
     trainer = lightning.Trainer(
         max_epochs=1, accelerator='cpu', logger=False, enable_progress_bar=False, default_root_dir=tmp_path,
         enable_model_summary=False)
@@ -334,7 +334,7 @@ def test_lightning_fit(name, tmp_path):
     trainer.fit(module, data)
     checkpoint = next(tmp_path.rglob('*.ckpt'))
     again = Classifier.load_from_checkpoint(checkpoint).cpu().eval()
-    assert torch.equal(again.model(pictures()), module.cpu().eval().model(pictures()))
+    assert torch.equal(again.model(images()), module.cpu().eval().model(images()))
 
 
 @needs('lightly')
@@ -345,7 +345,7 @@ def test_lightly_simclr(name):
 
     backbone = timm.create_model(name, num_classes=0)
     head = SimCLRProjectionHead(backbone.num_features, 32, 16)
-    views = [head(backbone(pictures(4) + noise)) for noise in (0, 0.1)]
+    views = [head(backbone(images(4) + noise)) for noise in (0, 0.1)]
     assert_backward(NTXentLoss()(*views), backbone)
 
 
@@ -359,7 +359,7 @@ def test_grad_cam(name):
 
     model = seeded(lambda: timm.create_model(name, num_classes=5)).eval()
     with GradCAM(model=model, target_layers=[model.layer4]) as cam:
-        heat = cam(input_tensor=pictures(5, 128), targets=[ClassifierOutputTarget(i) for i in range(5)])
+        heat = cam(input_tensor=images(5, 128), targets=[ClassifierOutputTarget(i) for i in range(5)])
     assert heat.shape == (5, 128, 128) and heat.min() >= 0 and 0.5 < heat.max() <= 1
 
 
@@ -377,11 +377,11 @@ def test_torch_pruning(name):
     model = timm.create_model(name, num_classes=5).eval()
     before = sum(p.numel() for p in model.parameters())
     tp.pruner.MagnitudePruner(
-        model, pictures(), importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.5,
+        model, images(), importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.5,
         ignored_layers=[model.get_classifier()],
     ).step()
     assert sum(p.numel() for p in model.parameters()) < 0.5 * before
-    logits = model.train()(pictures())
+    logits = model.train()(images())
     assert logits.shape == (2, 5)
     assert_backward(scalar(logits), model)
 
@@ -418,7 +418,7 @@ def test_openvino(name):
     import openvino
 
     model = seeded(lambda: Maps(name)).eval()
-    converted = openvino.convert_model(model, example_input=pictures(), input=[-1, 3, -1, -1])
+    converted = openvino.convert_model(model, example_input=images(), input=[-1, 3, -1, -1])
     compiled = openvino.compile_model(converted, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     for batch, height, width in SIZES:
         x = torch.randn(batch, 3, height, width)
@@ -445,11 +445,11 @@ def test_pt2e_static_int8(name):
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     model = seeded(lambda: timm.create_model(name, num_classes=5)).eval()
-    prepared = prepare_pt2e(torch.export.export(model, (pictures(),)).module(), quantizer(qat=False))
-    prepared(pictures())
+    prepared = prepare_pt2e(torch.export.export(model, (images(),)).module(), quantizer(qat=False))
+    prepared(images())
     converted = convert_pt2e(prepared)
     with torch.no_grad():
-        assert signal_to_noise(converted(pictures()), model(pictures())) > 10
+        assert signal_to_noise(converted(images()), model(images())) > 10
     convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     quantized = [n for n in converted.graph.nodes if 'dequantize_per_channel' in str(n.target)]
     assert len(quantized) >= convolutions
@@ -462,10 +462,10 @@ def test_pt2e_qat(name, pytestconfig, monkeypatch):
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
     model = timm.create_model(name, num_classes=5)
-    prepared = prepare_qat_pt2e(torch.export.export(model, (pictures(),)).module(), quantizer(qat=True))
+    prepared = prepare_qat_pt2e(torch.export.export(model, (images(),)).module(), quantizer(qat=True))
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
     for _ in range(2):
-        loss = nn.functional.cross_entropy(prepared(pictures()), torch.tensor([0, 1]))
+        loss = nn.functional.cross_entropy(prepared(images()), torch.tensor([0, 1]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -480,7 +480,7 @@ def test_pt2e_qat(name, pytestconfig, monkeypatch):
     if name in SCRIPT_FAMILIES or pytestconfig.getoption('--all-models'):  # it takes its time nevertheless
         converted = convert_pt2e(prepared)
         move_exported_model_to_eval(converted)
-        assert converted(pictures()).isfinite().all()
+        assert converted(images()).isfinite().all()
         # Every convolution, with the batch norm behind it folded into it, is quantised.
         targets = [str(node.target) for node in converted.graph.nodes]
         convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())

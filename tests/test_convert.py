@@ -99,7 +99,7 @@ def test_what_is_written(tmp_path):
 
 
 def test_preprocessing_follows_the_kind_of_file(tmp_path):
-    """RTMDet's classifiers and detectors have different transforms, and a detector's picture is BGR."""
+    """RTMDet's classifiers and detectors have different transforms, and a detector's image is BGR."""
     _, state_dict, x, outputs = load_fixture('cspnext_tiny')
     path = foreign.openmmlab_file(tmp_path / 'a.pth', state_dict)
     assert conversion.convert(path, tmp_path / 'classifier').model == 'cspnet_rtmdet_tiny.rsb_a1_in1k'

@@ -7,7 +7,7 @@ import torch.nn as nn
 
 import cspnet_timm
 from cspnet_timm import ComposedStage, CrossStage
-from cspnet_timm.blocks import Collect, DarkBlock
+from cspnet_timm.blocks import ConcatOutputs, DarkBlock
 from cspnet_timm.layers import ChannelSlice
 
 
@@ -69,7 +69,8 @@ def test_split_gives_the_first_channels_to_the_bypass():
 
 
 def test_blocks_may_change_the_width():
-    stage = CrossStage(16, 32, blocks=lambda chs: Collect([DarkBlock(chs, chs) for _ in range(3)], out_chs=4 * chs))
+    stage = CrossStage(
+        16, 32, blocks=lambda chs: ConcatOutputs([DarkBlock(chs, chs) for _ in range(3)], out_chs=4 * chs))
     assert stage(torch.randn(1, 16, 4, 4)).shape == (1, 32, 4, 4)
 
 

@@ -32,7 +32,7 @@ CASES = [
 ]
 
 
-def picture(batch=2, size=(64, 64)):
+def image(batch=2, size=(64, 64)):
     return torch.randn(batch, 3, *size)
 
 
@@ -59,7 +59,7 @@ def differences(a, b):
 def test_forms(model_name):
     model = reparameterize_model(create(model_name))
     keys = list(model.state_dict())
-    x = picture()
+    x = image()
     with torch.no_grad():
         expected = model(x)
         for form in FORMS.values():
@@ -101,7 +101,7 @@ def test_what_a_form_changes(name, form, count):
         both = other(changed)
         assert both is None or all(_of_kind(both, kind) for kind in kinds.values())
         assert both is not None or name != 'cspnet_nano'
-    x = picture()
+    x = image()
     with torch.no_grad():
         assert distance(changed(x), model(x)) < 1e-5
 
@@ -123,7 +123,7 @@ def test_regroup_keeps_what_it_cannot_widen():
 def test_backend(backend, precision, tmp_path):
     needs(backend)
     model = create('cspnet_nano', num_classes=7)
-    example = picture(5)
+    example = image(5)
     deployed = quick(model, example, backend=backend, precision=precision)
     report = deployed.report
     assert (report.backend, report.precision, report.shape) == (backend, precision, [5, 3, 64, 64])
@@ -131,13 +131,13 @@ def test_backend(backend, precision, tmp_path):
     with torch.no_grad():
         assert report.differences == pytest.approx([distance(deployed(example), model(example))], rel=0.3)
         for batch in (1, 2, 5, 11):
-            x = picture(batch)
+            x = image(batch)
             y = deployed(x)
             assert y.shape == (batch, 7) and y.dtype == torch.float32
             assert distance(y, model(x)) < BOUNDS[precision], batch
             last = deployed(x.contiguous(memory_format=torch.channels_last))
             assert distance(last, y) < 1e-6
-            assert distance(deployed(torch.flip(x, [0])), torch.flip(y, [0])) < 1e-2  # every row has its picture
+            assert distance(deployed(torch.flip(x, [0])), torch.flip(y, [0])) < 1e-2  # every row has its image
 
     path = tmp_path / 'network.bin'
     deployed.save(path)
@@ -145,7 +145,7 @@ def test_backend(backend, precision, tmp_path):
     if backend not in DATA:
         with pytest.raises(DeployError, match='allow_code=True'):
             deploy.load(path)
-    x = picture(3)
+    x = image(3)
     torch.save(x, tmp_path / 'x.pt')
     code = (
         'import sys, torch\n'
@@ -165,8 +165,8 @@ def test_features(backend):
     needs(backend)
     model = create('cspnet_yolov8n', features_only=True, out_indices=(1, 2, 4))
     precision = BACKENDS[backend].precisions(CPU)[0]
-    deployed = quick(model, picture(), backend=backend, precision=precision)
-    x = picture(3)
+    deployed = quick(model, image(), backend=backend, precision=precision)
+    x = image(3)
     with torch.no_grad():
         expected = model(x)
     outputs = deployed(x)
@@ -179,8 +179,8 @@ def test_every_structure(model_name, create_short, monkeypatch):
     needs('openvino')
     monkeypatch.setattr(api, 'FORMS', {})  # test_forms has them
     model = create_short(model_name)
-    deployed = quick(model, picture(1), backend='openvino')  # of one picture there is one arrangement
-    x = picture()
+    deployed = quick(model, image(1), backend='openvino')  # of one image there is one arrangement
+    x = image()
     with torch.no_grad():
         assert distance(deployed(x), model(x)) < BOUNDS[deployed.report.precision]
 
@@ -189,8 +189,8 @@ def test_every_structure(model_name, create_short, monkeypatch):
 def test_any_model_of_timm(name):
     needs('openvino')
     model = create(name, num_classes=5)
-    deployed = quick(model, picture(), backend='openvino', precision='float32')
-    x = picture(3)
+    deployed = quick(model, image(), backend='openvino', precision='float32')
+    x = image(3)
     with torch.no_grad():
         assert distance(deployed(x), model(x)) < 1e-4
 
@@ -198,7 +198,7 @@ def test_any_model_of_timm(name):
 def test_a_model_is_left_as_it_was():
     model = timm.create_model('cspnet_nano', num_classes=3)
     before = copy.deepcopy(model.state_dict())
-    quick(model, picture(), backend='eager')
+    quick(model, image(), backend='eager')
     assert model.training and all(m.training for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
@@ -207,7 +207,7 @@ def test_a_model_is_left_as_it_was():
 def test_the_fastest_is_chosen(capsys):
     names = [name for name in ('openvino', 'onnxruntime', 'eager') if BACKENDS[name].unavailable(CPU) is None]
     model = create('cspnet_nano')
-    deployed = deploy(model, picture(4), backend=names, seconds=0.05)
+    deployed = deploy(model, image(4), backend=names, seconds=0.05)
     report = deployed.report
     measured = [c for c in report.candidates if 'milliseconds' in c]
     assert {c['backend'] for c in measured} == set(names)
@@ -217,7 +217,7 @@ def test_the_fastest_is_chosen(capsys):
     assert len(printed) == len(report.candidates) + 1 and all(line.startswith('deploy: ') for line in printed)
     assert report.backend in str(report) and f'{report.milliseconds:.2f} ms' in str(report)
     assert 'float32' in report.machine['precisions']
-    quick(model, picture(), backend='eager')
+    quick(model, image(), backend='eager')
     assert not capsys.readouterr().err
 
 
@@ -235,7 +235,7 @@ def test_what_came_close_is_measured_once_more(monkeypatch):
     monkeypatch.setattr(api, 'FORMS', {})
     arrangements = [Arrangement(1, 4), Arrangement(2, 2), Arrangement(2, 1), Arrangement(1, 2), Arrangement(4, 1)]
     monkeypatch.setattr(BACKENDS['openvino'], 'arrangements', lambda self, batch, threads: arrangements)
-    report = quick(create('cspnet_nano'), picture(4), backend='openvino', precision='float32').report
+    report = quick(create('cspnet_nano'), image(4), backend='openvino', precision='float32').report
     assert asked == [1, 2, 2, 2, 2, 2, 2]  # the second and third are as far behind the fourth as the first is
     assert report.arrangement == str(Arrangement(4, 1)) and report.milliseconds == 4.
 
@@ -244,7 +244,7 @@ def test_forms_that_are_faster_are_put_upon_one_another(monkeypatch):
     needs('openvino')
     monkeypatch.setattr(api, 'GAIN', 1e6)  # each is taken
     monkeypatch.setattr(api, 'CLOSE', 0)  # for good
-    report = quick(create('cspnet_nano'), picture(), backend='openvino', precision='float32').report
+    report = quick(create('cspnet_nano'), image(), backend='openvino', precision='float32').report
     assert report.forms == ['join_partitions', 'split_merges']
 
 
@@ -258,7 +258,7 @@ def test_arrangements():
 
 def test_int8_is_calibrated():
     model = reparameterize_model(create('cspnet_nano'))
-    x = picture(8)
+    x = image(8)
     with torch.no_grad():
         expected = model(x)
         same, wider = quantize(model, [x]), quantize(model, [x * 40])
@@ -304,12 +304,12 @@ def test_the_page(number, tmp_path, monkeypatch):
 ])
 def test_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):
-        quick(timm.create_model('cspnet_nano').bfloat16().float(), picture(), **kwargs)
+        quick(timm.create_model('cspnet_nano').bfloat16().float(), image(), **kwargs)
 
 
 @pytest.mark.parametrize('example, message', [
     (torch.zeros(3, 64, 64), r'\(B, C, H, W\).*\(3, 64, 64\)'), (torch.zeros(1, 3, 64, 64).byte(), 'uint8'),
-    (torch.zeros(0, 3, 64, 64), 'no picture'), ([1], 'not list'),
+    (torch.zeros(0, 3, 64, 64), 'no image'), ([1], 'not list'),
     (torch.zeros(1, 3, 64, 64, device='meta'), 'is on meta'),
 ])
 def test_examples(example, message):
@@ -318,10 +318,10 @@ def test_examples(example, message):
 
 
 def test_inputs():
-    deployed = quick(create('cspnet_nano'), picture(), backend='eager')
+    deployed = quick(create('cspnet_nano'), image(), backend='eager')
     for x, message in (
-        (picture(size=(64, 96)), r'\(2, 3, 64, 96\).*\(B, 3, 64, 64\)'), (picture()[:0], 'at least 1'),
-        (picture()[0], r'\(B, C, H, W\)'), (picture().to('meta'), 'is on meta'),
+        (image(size=(64, 96)), r'\(2, 3, 64, 96\).*\(B, 3, 64, 64\)'), (image()[:0], 'at least 1'),
+        (image()[0], r'\(B, C, H, W\)'), (image().to('meta'), 'is on meta'),
     ):
         with pytest.raises(ValueError, match=message):
             deployed(x)
@@ -334,7 +334,7 @@ def test_calibration_data():
     model = timm.create_model('cspnet_nano')
     for calibration, message in (([], 'calibration is empty'), ([torch.zeros(3)], r'not \(3,\)'), ([1], 'not int')):
         with pytest.raises(ValueError, match=message):
-            quick(model, picture(), precision='int8', calibration=calibration)
+            quick(model, image(), precision='int8', calibration=calibration)
 
 
 def test_models_that_cannot_be_deployed():
@@ -343,9 +343,9 @@ def test_models_that_cannot_be_deployed():
             return {'y': x}
 
     with pytest.raises(ValueError, match='dict'):
-        quick(Dictionary(), picture())
+        quick(Dictionary(), image())
     with pytest.raises(ValueError, match=r'nn\.Module'):
-        quick(torch.relu, picture())
+        quick(torch.relu, image())
 
 
 def test_a_backend_that_is_not_installed(monkeypatch):
@@ -354,11 +354,11 @@ def test_a_backend_that_is_not_installed(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'openvino' else find(name))
     with pytest.raises(DeployError, match=r'openvino is not installed: pip install "cspnet-timm\[deploy\]"'):
-        quick(timm.create_model('cspnet_nano'), picture(), backend='openvino')
+        quick(timm.create_model('cspnet_nano'), image(), backend='openvino')
     monkeypatch.setenv('PATH', '')
     monkeypatch.delenv('CXX', raising=False)
     with pytest.raises(DeployError, match='compiler'):
-        quick(timm.create_model('cspnet_nano'), picture(), backend='inductor')
+        quick(timm.create_model('cspnet_nano'), image(), backend='inductor')
 
 
 def test_a_backend_that_does_not_take_the_model(monkeypatch):
@@ -369,8 +369,8 @@ def test_a_backend_that_does_not_take_the_model(monkeypatch):
     monkeypatch.setattr(BACKENDS['openvino'], 'unavailable', classmethod(lambda cls, device: None))
     model = timm.create_model('cspnet_nano')
     with pytest.raises(DeployError, match=r'openvino .*: NotImplementedError: aten::strange$'):
-        quick(model, picture(), backend='openvino')
-    report = quick(model, picture(), backend=('openvino', 'eager')).report
+        quick(model, image(), backend='openvino')
+    report = quick(model, image(), backend=('openvino', 'eager')).report
     assert report.backend == 'eager' and report.candidates[0]['note'] == 'NotImplementedError: aten::strange'
 
 
@@ -381,7 +381,7 @@ def test_a_backend_that_does_not_take_the_model(monkeypatch):
 def saved(tmp_path_factory):
     needs('onnxruntime')
     path = tmp_path_factory.mktemp('deployed') / 'network.bin'
-    quick(create('cspnet_nano'), picture(), backend='onnxruntime').save(path)
+    quick(create('cspnet_nano'), image(), backend='onnxruntime').save(path)
     return path
 
 
@@ -429,7 +429,7 @@ def test_a_compressed_file(saved, tmp_path):
 
 
 def test_saving_loses_nothing(tmp_path, monkeypatch):
-    deployed = quick(create('cspnet_nano'), picture(), backend='eager')
+    deployed = quick(create('cspnet_nano'), image(), backend='eager')
     path = tmp_path / 'network.bin'
     path.write_bytes(b'before')
 
@@ -454,7 +454,7 @@ def test_a_backend_without_floating_point(monkeypatch):
     monkeypatch.setattr(api, 'native_precisions', lambda device: (*three, 'int8'))
     assert api._pairs('auto', 'eager', True, CPU) == [('eager', 'bfloat16')]
     with pytest.raises(DeployError, match=r"backend='native' computes in int8 alone .*: pass calibration=batches"):
-        quick(create('cspnet_nano'), picture(), backend='native')
+        quick(create('cspnet_nano'), image(), backend='native')
 
 
 # A GPU
@@ -490,8 +490,8 @@ def test_a_gpu_is_timed_by_its_events(monkeypatch):
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'float16'])
 def test_gpu(backend, precision):
     model = create('cspnet_nano').cuda()
-    deployed = quick(model, picture(4).cuda(), backend=backend, precision=precision)
+    deployed = quick(model, image(4).cuda(), backend=backend, precision=precision)
     for batch in (1, 4, 7):
-        x = picture(batch).cuda()
+        x = image(batch).cuda()
         with torch.no_grad():
             assert distance(deployed(x), model(x)) < BOUNDS.get(precision, 0.05)

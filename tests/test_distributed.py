@@ -98,7 +98,7 @@ def test_page_lightning(tmp_path):
     assert 'All distributed processes registered. Starting with 2 processes' in log and '`max_epochs=1` reached' in log
     checkpoint, = tmp_path.rglob('*.ckpt')
     saved = torch.load(checkpoint, weights_only=False)
-    assert saved['global_step'] == 4  # 32 pictures, four for each of two processes
+    assert saved['global_step'] == 4  # 32 images, four for each of two processes
 
 
 @pytest.mark.slow

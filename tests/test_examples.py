@@ -51,8 +51,8 @@ def test_scenes(examples):
     scenes = examples('shapes').Scenes(20, size=64, seed=3)
     again, other = examples('shapes').Scenes(2, size=64, seed=3), examples('shapes').Scenes(2, size=64, seed=4)
     assert torch.equal(scenes[1][0], again[1][0]) and not torch.equal(scenes[1][0], other[1][0])
-    for picture, target in (scenes[i] for i in range(20)):
-        assert picture.shape == (3, 64, 64) and 0 <= picture.min() and picture.max() <= 1
+    for image, target in (scenes[i] for i in range(20)):
+        assert image.shape == (3, 64, 64) and 0 <= image.min() and image.max() <= 1
         assert len(target['boxes']) == len(target['labels']) >= 1
         covered = torch.zeros(64, 64, dtype=torch.bool)
         for (left, top, right, bottom), label in zip(target['boxes'].int().tolist(), target['labels']):
@@ -67,10 +67,10 @@ def test_average_precision(examples):
     boxes = torch.tensor([[0., 0., 10., 10.], [20., 20., 30., 30.], [40., 40., 50., 50.]])
     targets = [{'boxes': boxes[:2], 'labels': torch.tensor([1, 1])}, {'boxes': boxes[2:], 'labels': torch.tensor([2])}]
 
-    def found(*pictures):
-        return [{'boxes': torch.tensor([p[0] for p in picture]).reshape(-1, 4),
-                 'labels': torch.tensor([p[1] for p in picture], dtype=torch.long),
-                 'scores': torch.tensor([p[2] for p in picture])} for picture in pictures]
+    def found(*images):
+        return [{'boxes': torch.tensor([p[0] for p in image]).reshape(-1, 4),
+                 'labels': torch.tensor([p[1] for p in image], dtype=torch.long),
+                 'scores': torch.tensor([p[2] for p in image])} for image in images]
 
     a, b, c = boxes.tolist()
     assert average_precision(found([(a, 1, 0.9), (b, 1, 0.8)], [(c, 2, 0.1)]), targets, 0.5) == 1
@@ -79,7 +79,7 @@ def test_average_precision(examples):
     # One of two, found twice: precision 1 up to the recall 0.5, at 51 of 101 points, and the other class entirely.
     once = average_precision(found([(a, 1, 0.9), (a, 1, 0.8)], [(c, 2, 0.9)]), targets, 0.5)
     assert once == pytest.approx((51 / 101 + 1) / 2)
-    # A wrong box before the right one, in another picture: precision 1/2 at every recall up to 0.5.
+    # A wrong box before the right one, in another image: precision 1/2 at every recall up to 0.5.
     late = average_precision(found([(a, 1, 0.8)], [(a, 1, 0.9), (c, 2, 0.9)]), targets, 0.5)
     assert late == pytest.approx((51 / 101 / 2 + 1) / 2)
     # Of boxes that overlap by 0.6, what counts is the threshold.
@@ -97,26 +97,26 @@ def draw_two_classes(root):
         for kind, colour in (('blue', (30, 60, 200)), ('red', (200, 60, 30))):
             (root / split / kind).mkdir(parents=True)
             for i in range(count):
-                picture = torch.randint(0, 60, (64, 64, 3), generator=generator, dtype=torch.uint8)
+                image = torch.randint(0, 60, (64, 64, 3), generator=generator, dtype=torch.uint8)
                 x, y = torch.randint(0, 40, (2,), generator=generator).tolist()
-                picture[y:y + 24, x:x + 24] = torch.tensor(colour, dtype=torch.uint8)
-                Image.fromarray(picture.numpy()).save(root / split / kind / f'{i}.png')
+                image[y:y + 24, x:x + 24] = torch.tensor(colour, dtype=torch.uint8)
+                Image.fromarray(image.numpy()).save(root / split / kind / f'{i}.png')
 
 
 @pytest.mark.slow
 def test_finetune(tmp_path):
-    """On shapes first, then on a folder of pictures, from what the first has left."""
-    said = run('finetune', tmp_path, '--pictures', 80, '--epochs', 1, '--output', 'first')
-    assert re.search(r'cspnet_nano: \d+\.\d % of 20 held-out pictures, 10 classes', said)
+    """On shapes first, then on a folder of images, from what the first has left."""
+    said = run('finetune', tmp_path, '--images', 80, '--epochs', 1, '--output', 'first')
+    assert re.search(r'cspnet_nano: \d+\.\d % of 20 held-out images, 10 classes', said)
     first = timm.create_model(f'local-dir:{tmp_path / "first"}', pretrained=True)
     assert first.num_classes == 10 and first.pretrained_cfg['label_names'][0] == '0_disc_rows_left'
     assert first.pretrained_cfg['input_size'] == (3, 64, 64)
     assert 'license: other' in (tmp_path / 'first' / 'README.md').read_text()
 
-    draw_two_classes(tmp_path / 'pictures')
-    said = run('finetune', tmp_path, 'pictures', '--model', 'local-dir:first', '--pretrained', '--img-size', 64,
+    draw_two_classes(tmp_path / 'images')
+    said = run('finetune', tmp_path, 'images', '--model', 'local-dir:first', '--pretrained', '--img-size', 64,
                '--epochs', 8, '--batch-size', 8, '--layer-decay', 0.7, '--lr', 0.005, '--output', 'second')
-    assert float(re.search(r'first: (\d+\.\d) % of 40 held-out pictures, 2 classes', said)[1]) > 90
+    assert float(re.search(r'first: (\d+\.\d) % of 40 held-out images, 2 classes', said)[1]) > 90
     second = timm.create_model(f'local-dir:{tmp_path / "second"}', pretrained=True)
     assert second.num_classes == 2 and second.pretrained_cfg['label_names'] == ['blue', 'red']
     # With layer decay, the stem has moved less than the last level has.
@@ -134,18 +134,18 @@ def test_finetune(tmp_path):
 @pytest.mark.slow
 def test_detect(tmp_path):
     said = run('detect', tmp_path, '--epochs', 8)
-    assert float(re.search(r'mAP (\d\.\d+), at IoU 0.5 \d\.\d+, on 150 held-out pictures', said)[1]) > 0.5
+    assert float(re.search(r'mAP (\d\.\d+), at IoU 0.5 \d\.\d+, on 150 held-out images', said)[1]) > 0.5
     assert Image.open(tmp_path / 'detect.png').size == (4 * (3 * 96 + 4) + 4, 2 * (3 * 96 + 4) + 4)
     assert [path.name for path in tmp_path.iterdir()] == ['detect.png']
 
 
 def test_detect_with_frozen_batch_norm(examples, tmp_path, capsys):
     detect = examples('detect')
-    picture = tmp_path / 'new' / 'found.png'
-    detect.main(['--freeze-bn', '--pictures', '16', '--epochs', '1', '--batch-size', '4', '--size', '64',
-                 '--output', str(picture)])
-    assert re.search(r'mAP \d\.\d+, .* on 4 held-out pictures', capsys.readouterr().out)
-    assert Image.open(picture).size == (4 * (3 * 64 + 4) + 4, 3 * 64 + 8)
+    image = tmp_path / 'new' / 'found.png'
+    detect.main(['--freeze-bn', '--images', '16', '--epochs', '1', '--batch-size', '4', '--size', '64',
+                 '--output', str(image)])
+    assert re.search(r'mAP \d\.\d+, .* on 4 held-out images', capsys.readouterr().out)
+    assert Image.open(image).size == (4 * (3 * 64 + 4) + 4, 3 * 64 + 8)
     model = detect.create_detector('cspnet_nano', 64, norm_layer='frozenbatchnorm2d')
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
 
@@ -154,7 +154,7 @@ def test_detect_with_frozen_batch_norm(examples, tmp_path, capsys):
 @pytest.mark.slow
 def test_segment(tmp_path):
     said = run('segment', tmp_path, '--size', 64)
-    assert float(re.search(r'mean IoU (\d\.\d+) on 150 held-out pictures', said)[1]) > 0.8
+    assert float(re.search(r'mean IoU (\d\.\d+) on 150 held-out images', said)[1]) > 0.8
     assert Image.open(tmp_path / 'segment.png').size == (4 * (3 * 64 + 4) + 4, 2 * (3 * 64 + 4) + 4)
     assert [path.name for path in tmp_path.iterdir()] == ['segment.png']
 
@@ -173,11 +173,11 @@ def test_convert_and_push(tmp_path):
     info, state_dict, _, _ = load_fixture('yolox_nano')
     foreign.write('yolox_nano', tmp_path / 'yolox_nano.pth', state_dict, info)
     with Hub() as hub:
-        said = run('convert_and_push', tmp_path, 'yolox_nano.pth', 'owner/shapes', '--pictures', 80, '--epochs', 1,
+        said = run('convert_and_push', tmp_path, 'yolox_nano.pth', 'owner/shapes', '--images', 80, '--epochs', 1,
                    **client_environment(hub, tmp_path / 'home'))
         files = hub.repos['owner/shapes'].files()
     assert 'converted to cspnet_yolox_nano' in said and 'licence apache-2.0' in said
-    assert re.search(r'\d+\.\d % of 20 held-out pictures, 10 classes', said)
+    assert re.search(r'\d+\.\d % of 20 held-out images, 10 classes', said)
     assert re.search(r'pulled: all \d{3} tensors are equal', said)
     assert set(files) >= {'model.safetensors', 'config.json', 'README.md'}
     card = files['README.md'].decode()

@@ -189,7 +189,7 @@ def test_timms_own_push_and_pull(client, repo, tmp_path, name):
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_push_and_pull(client, hub, repo, tmp_path, name):
-    pushed, commit = client(push, repo, name, data='drawn pictures')
+    pushed, commit = client(push, repo, name, data='drawn images')
     files = hub.repos[repo].files(commit)
     assert sorted(files) == ['README.md', 'config.json', 'model.safetensors']
     assert client(pull, repo, tmp_path) == pushed
@@ -199,7 +199,7 @@ def test_push_and_pull(client, hub, repo, tmp_path, name):
     assert len(changed) == 3, changed  # the first convolution, and the classifier's weight and bias
     card = files['README.md'].decode()
     assert f'create_model(\'hf-hub:{repo}\', pretrained=True)' in card
-    for line in ('license: mit', 'pip install cspnet-timm', f'`{name}`', 'drawn pictures'):
+    for line in ('license: mit', 'pip install cspnet-timm', f'`{name}`', 'drawn images'):
         assert line in card
 
 
@@ -240,9 +240,9 @@ def test_pretrained_weights_bring_their_licence_and_origin(client, hub, repo, tm
     card = hub.repos[repo].files()['README.md'].decode()
     for line in ('license: apache-2.0', 'cspnet_small.ra4_e3600_r256_in1k', 'Ross Wightman', 'ImageNet-1k'):
         assert line in card
-    client(push_pretrained, f'{repo}-2', tmp_path, license='cc-by-nc-4.0', data='my own pictures')
+    client(push_pretrained, f'{repo}-2', tmp_path, license='cc-by-nc-4.0', data='my own images')
     card = hub.repos[f'{repo}-2'].files()['README.md'].decode()
-    assert 'license: cc-by-nc-4.0' in card and 'my own pictures' in card and 'Ross Wightman' in card
+    assert 'license: cc-by-nc-4.0' in card and 'my own images' in card and 'Ross Wightman' in card
 
 
 def test_a_card_that_is_there_stays(client, hub, repo):

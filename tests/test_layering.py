@@ -14,7 +14,7 @@ ALLOWED['checkpoints'] = set()  # readers know modules and containers, and no fa
 ALLOWED['families'] = {*LAYERS, 'checkpoints'}
 ALLOWED['deployment'] = set(LAYERS)  # likewise
 ALLOWED['autoload'] = set()
-ALLOWED['counting'] = ALLOWED['feature_picture'] = set()
+ALLOWED['counting'] = ALLOWED['feature_image'] = set()
 
 RUN_TIME = {'torch', 'timm', 'huggingface_hub', 'safetensors'}
 BROUGHT = {'numpy', 'PIL', 'torchvision'}  # by these four

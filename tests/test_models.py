@@ -19,7 +19,7 @@ from tests.zoo import create_short as shortened
 SIZE = 64
 
 
-def picture(batch=2, chans=3, size=(SIZE, SIZE)):
+def image(batch=2, chans=3, size=(SIZE, SIZE)):
     return torch.randn(batch, chans, *size)
 
 
@@ -139,7 +139,7 @@ def test_group_matcher(model_name):
 
 def test_forward_backward(model_name):
     model = create_model(model_name, num_classes=10)
-    y = model(picture())
+    y = model(image())
     assert y.shape == (2, 10) and y.isfinite().all()
     y.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -149,7 +149,7 @@ def test_forward_backward(model_name):
 def test_features_agree(model_name):
     model, extractor = create(model_name), create(model_name, features_only=True)
     extractor.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('head.')})
-    x = picture()
+    x = image()
     with torch.no_grad():
         final, taps = model.forward_intermediates(x)
         assert torch.equal(final, model.forward_features(x)) and torch.equal(final, taps[-1])
@@ -171,7 +171,7 @@ def test_every_extractor(model_name, feature_cls):
         torch.manual_seed(1)
         kwargs = dict(features_only=True, feature_cls=cls, out_indices=(-1, 1))
         extractors.append(create_model(model_name, **kwargs).eval())
-    x = picture(1)
+    x = image(1)
     with torch.no_grad():
         expected, outputs = (extractor(x) for extractor in extractors)
     outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
@@ -181,7 +181,7 @@ def test_every_extractor(model_name, feature_cls):
 
 def test_prune(model_name):
     model = create(model_name)
-    x = picture()
+    x = image()
     with torch.no_grad():
         taps = model.forward_intermediates(x, intermediates_only=True)
         pruned = copy.deepcopy(model)
@@ -192,7 +192,7 @@ def test_prune(model_name):
         kept.prune_intermediate_layers(1, prune_head=False)
         assert torch.equal(kept(x), model(x))
     pruned.train()
-    pruned(picture()).mean().backward()
+    pruned(image()).mean().backward()
     assert all(p.grad is not None for p in pruned.parameters())
 
 
@@ -205,7 +205,7 @@ def test_torchscript(model_name, create_short, features):
     buffer.seek(0)
     scripted = torch.jit.load(buffer)
     for size in ((SIZE, SIZE), (96, 128)):
-        x = picture(1, size=size)
+        x = image(1, size=size)
         with torch.no_grad():
             a, b = model(x), scripted(x)
         for p, q in zip(a, b) if features else [(a, b)]:
@@ -217,13 +217,13 @@ def test_short_models_are_of_the_structure(model_name):
     assert structure(short) == structure(whole)
     assert len(list(short.modules())) <= len(list(whole.modules()))
     assert [info['num_chs'] for info in short.feature_info] == [
-        m.shape[1] for m in short.forward_intermediates(picture(), intermediates_only=True)]
+        m.shape[1] for m in short.forward_intermediates(image(), intermediates_only=True)]
 
 
 def test_fx(model_name):
     model = create(model_name)
     traced = torch.fx.symbolic_trace(model)
-    x = picture(1)
+    x = image(1)
     with torch.no_grad():
         assert distance(traced(x), model(x)) < 1e-6
 
@@ -234,7 +234,7 @@ def test_compile(model_name, create_short):
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     with torch.no_grad():
         for batch in (2, 3, 5):
-            x = picture(batch)
+            x = image(batch)
             assert distance(compiled(x), model(x)) < 1e-5
 
 
@@ -245,7 +245,7 @@ def test_compile_for_training(model_name, create_short):
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     for i, batch in enumerate((4, 2, 3, 5, 8)):
         with torch._dynamo.config.patch(error_on_recompile=i > 1):
-            compiled(picture(batch)).square().mean().backward()
+            compiled(image(batch)).square().mean().backward()
 
 
 class Everything(nn.Module):
@@ -264,9 +264,9 @@ def test_export_and_onnx(model_name, create_short, tmp_path):
     model = Everything(create_short(model_name)).eval()
     dynamic = torch.export.Dim.DYNAMIC
     # A map of one pixel would be taken for a constant, and the elastic nets halve the last level's once more.
-    example = (picture(2, size=(128, 128)),)
+    example = (image(2, size=(128, 128)),)
     program = torch.export.export(model, example, dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
-    x = picture(3, size=(96, 192))
+    x = image(3, size=(96, 192))
     with torch.no_grad():
         expected, outputs = model(x), program.module()(x)
     assert len(outputs) == len(expected) >= 5
@@ -291,7 +291,7 @@ def test_export_and_onnx(model_name, create_short, tmp_path):
 def test_gradient_checkpointing(model_name, features):
     kwargs = dict(features_only=True) if features else dict(num_classes=10)
     model = create(model_name, **kwargs).train()
-    x = picture()
+    x = image()
 
     def step(checkpointing):
         net = copy.deepcopy(model)
@@ -312,7 +312,7 @@ def test_gradient_checkpointing_saves_memory(model_name, create_short):
     def peak(checkpointing):
         model = create_short(model_name, num_classes=10).train()
         model.set_grad_checkpointing(checkpointing)
-        x = picture(2, size=(128, 128))
+        x = image(2, size=(128, 128))
         tracker = MemTracker()
         tracker.track_external(model, x)
         with tracker:
@@ -326,8 +326,8 @@ def test_gradient_checkpointing_saves_memory(model_name, create_short):
 def test_odd_size(model_name):
     model = create(model_name)
     with torch.no_grad():
-        taps = model.forward_intermediates(picture(1, size=(70, 109)), intermediates_only=True)
-        assert model(picture(1, size=(70, 109))).isfinite().all()
+        taps = model.forward_intermediates(image(1, size=(70, 109)), intermediates_only=True)
+        assert model(image(1, size=(70, 109))).isfinite().all()
     for tap, info in zip(taps, model.feature_info):
         for length, full in zip(tap.shape[-2:], (70, 109)):
             assert length in (full // info['reduction'], -(-full // info['reduction']))
@@ -335,7 +335,7 @@ def test_odd_size(model_name):
 
 def test_bfloat16_and_channels_last(model_name):
     model = create(model_name)
-    x = picture()
+    x = image()
     with torch.no_grad():
         expected = model(x)
         last = copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -351,7 +351,7 @@ def test_reparameterize(model_name):
     model = create(model_name)
     fused = reparameterize_model(copy.deepcopy(model).train()).eval()
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
-    x = picture()
+    x = image()
     with torch.no_grad():
         assert distance(fused(x), model(x)) < 1e-5
         features = create_model(model_name, features_only=True)
@@ -364,13 +364,13 @@ def test_sync_batch_norm(model_name):
     model = create(model_name)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()
     assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
-    x = picture()
+    x = image()
     with torch.no_grad():
         assert torch.equal(converted(x), model(x))
 
 
 def test_norm_and_act_layers(model_name):
-    x = picture()
+    x = image()
     frozen = create_model(model_name, norm_layer=FrozenBatchNorm2d, num_classes=4)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
     assert frozen(x).shape == (2, 4)
@@ -387,7 +387,7 @@ def test_drop(model_name):
     kinds = {type(m).__name__ for m in model.modules()}
     assert kinds >= {'DropPath', 'DropBlock2d'}
     assert model.state_dict().keys() == plain.state_dict().keys()
-    x = picture(size=(128, 128))
+    x = image(size=(128, 128))
     with torch.no_grad():
         assert torch.equal(model(x), plain(x))
         assert not torch.equal(model.train()(x), model(x))
@@ -397,7 +397,7 @@ def test_weights_round_trip(model_name, tmp_path):
     model = create(model_name, num_classes=6)
     path = tmp_path / 'model.pth'
     torch.save(dict(state_dict=model.state_dict()), path)
-    x = picture()
+    x = image()
     with torch.no_grad():
         expected = model(x)
         for kwargs in (

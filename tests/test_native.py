@@ -38,7 +38,7 @@ def prepared(name, **kwargs):
     return reparameterize_model(create(name, **kwargs))
 
 
-def pictures(*shape, seed=0):
+def images(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -71,7 +71,7 @@ def check_bytes(model, x, plan, bound=BOUND_8):
 @pytest.mark.parametrize('name', representatives())
 def test_every_structure(name):
     model = prepared(name)
-    x = pictures(2, 3, 64, 96)
+    x = images(2, 3, 64, 96)
     if name in UNSUPPORTED:
         with pytest.raises(UnsupportedNetwork, match=r'aten\.reshape.* in layer4\.attn'):
             lower(model, x)
@@ -84,7 +84,7 @@ def test_every_structure(name):
 @pytest.mark.usefixtures('level')
 @pytest.mark.parametrize('name', ['cs3darknet_focus_m', 'cs3sedarknet_l', 'cspresnext50', 'mobilenetv3_small_100'])
 def test_models_of_timm(name):
-    model, x = prepared(name), pictures(1, 3, 64, 64)
+    model, x = prepared(name), images(1, 3, 64, 64)
     engine, _ = check(model, x)
     check_bytes(model, x, engine.plan)
 
@@ -97,7 +97,7 @@ def test_unsupported_are_known():
 @runs_here
 @pytest.mark.parametrize('name', ['cspnet_nano', 'cspnet_rtmdet_nano', 'cspnet_plain_peleenet'])
 def test_features(name):
-    model, x = prepared(name, features_only=True), pictures(3, 3, 96, 160)
+    model, x = prepared(name, features_only=True), images(3, 3, 96, 160)
     engine, _ = check(model, x)
     check_bytes(model, x, engine.plan)
 
@@ -107,10 +107,10 @@ def test_features(name):
 @pytest.mark.parametrize('name', ['cspnet_nano', 'cspnet_resnext50_elastic'])
 def test_batches_sizes_and_threads(name, precision, bound):
     model = prepared(name)
-    plan = calibrate(lower(model, pictures(2, 3, 64, 64)), [pictures(8, 3, 96, 160, seed=8)])
+    plan = calibrate(lower(model, images(2, 3, 64, 64)), [images(8, 3, 96, 160, seed=8)])
     one, two = (NativeEngine(plan, threads, precision) for threads in (1, 2))
     for batch, height, width in ((1, 64, 64), (2, 64, 64), (3, 96, 160), (5, 64, 64), (9, 64, 64), (1, 96, 160)):
-        x = pictures(batch, 3, height, width, seed=batch)
+        x = images(batch, 3, height, width, seed=batch)
         got = one(x)[0]
         with torch.no_grad():
             assert distance(got, model(x)) < bound
@@ -124,7 +124,7 @@ def test_batches_sizes_and_threads(name, precision, bound):
 def test_large_maps_by_bands():
     """Bands of rows, buffers that hold a part of the rows, and layers that threads share, as at the sizes of use."""
     model = prepared('cspnet_medium')
-    x = pictures(3, 3, 256, 256)
+    x = images(3, 3, 256, 256)
     engine, (got,) = check(model, x)
     assert torch.equal(got, NativeEngine(engine.plan, 1)(x)[0])
     assert torch.equal(got[:1], engine(x[:1])[0])
@@ -178,7 +178,7 @@ def test_layers(conv, size):
     randomize(conv)
     for p in conv.parameters():
         p.data = p.data.bfloat16().float()
-    x = pictures(2, conv.conv.in_channels, *size).bfloat16().float()
+    x = images(2, conv.conv.in_channels, *size).bfloat16().float()
     got, = NativeEngine(lower(conv.eval(), x), 2)(x)
     with torch.no_grad():
         expected = conv.double()(x.double())
@@ -219,7 +219,7 @@ def test_layers_of_bytes(conv, joined):
         weight = model.layer.conv.weight.data
         weight.copy_((weight / weight.flatten(1).abs().amax(dim=1)[:, None, None, None] * 127).round() / 127)
         weight /= chs * weight[0, 0].numel() ** 0.5 / 8
-    x = pictures(2, 4, 9, 21)
+    x = images(2, 4, 9, 21)
     plan = calibrate(lower(model, x), [x])
     for i in range(len(plan.operations)):  # the plan's copy is in bfloat16
         if plan.tensors.get(f'{i}.weight', x).shape == model.layer.conv.weight.shape:
@@ -241,7 +241,7 @@ def test_layers_of_bytes(conv, joined):
 def test_layers_of_bytes_hold_what_calibration_did_not_show(act):
     """Twice and four times the largest values that the scales were taken from are cut off, and nothing runs over."""
     model = randomize(AfterAConv(OneConv(32, 32, 3, 1, 1, act=act), 32)).eval()
-    x = pictures(1, 4, 16, 16)
+    x = images(1, 4, 16, 16)
     plan = calibrate(lower(model, x), [x])
     low, high, _ = plan.ranges[plan.outputs[1][0]]
     engine = NativeEngine(plan, 1, 'int8')
@@ -256,7 +256,7 @@ def test_layers_of_bytes_hold_what_calibration_did_not_show(act):
 @pytest.mark.usefixtures('level')
 def test_small_numbers_have_small_steps():
     """A map of numbers of a ten-thousandth is as exact as any, but beside tiles, whose float16 ends there."""
-    model, x = randomize(AfterAConv(OneConv(32, 32, 3, 1, 1, act=nn.ReLU()), 32)).eval(), pictures(1, 4, 16, 16)
+    model, x = randomize(AfterAConv(OneConv(32, 32, 3, 1, 1, act=nn.ReLU()), 32)).eval(), images(1, 4, 16, 16)
     for p in model.layer.parameters():
         p.data *= 1e-5
     _, got = NativeEngine(calibrate(lower(model, x), [x]), 1, 'int8')(x)
@@ -271,7 +271,7 @@ def test_small_numbers_have_small_steps():
 
 def test_ranges():
     """The plan computed by PyTorch is the network, and its ranges are those of the maps."""
-    model, x = randomize(EveryOperation()).eval(), pictures(2, 4, 18, 34)
+    model, x = randomize(EveryOperation()).eval(), images(2, 4, 18, 34)
     plan = lower(model, x)
     for weight in (name for name in plan.tensors if name.endswith('weight')):
         plan.tensors[weight] = plan.tensors[weight].float()
@@ -292,7 +292,7 @@ def test_ranges():
 @pytest.mark.parametrize('kind', [None, 'calibrated'])
 def test_plan_round_trip(kind):
     model = prepared('cspnet_nano')
-    x = pictures(1, 3, 64, 64)
+    x = images(1, 3, 64, 64)
     plan = lower(model, x)
     if kind:
         plan = calibrate(plan, [x])
@@ -320,7 +320,7 @@ class EveryOperation(nn.Module):
 
 
 def test_every_operation():
-    model, x = randomize(EveryOperation()).eval(), pictures(2, 4, 18, 34)
+    model, x = randomize(EveryOperation()).eval(), images(2, 4, 18, 34)
     plan = lower(model, x)
     kinds = {op['op'] for op in plan.operations}
     assert kinds == {'conv', 'act', 'add', 'mul', 'cat', 'slice', 'pool', 'mean', 'upsample', 'zeros'}
@@ -337,7 +337,7 @@ LIES = {
 
 
 def test_plans_that_lie_are_refused():
-    text, tensors = lower(EveryOperation().eval(), pictures(1, 4, 18, 34)).to_bytes()
+    text, tensors = lower(EveryOperation().eval(), images(1, 4, 18, 34)).to_bytes()
     seen = set()
     for i, op in enumerate(json.loads(text)['operations']):
         for field in op:
@@ -361,7 +361,7 @@ def test_plans_that_lie_are_refused():
 
 
 def test_tensors_that_lie_are_refused():
-    text, tensors = lower(EveryOperation().eval(), pictures(1, 4, 18, 34)).to_bytes()
+    text, tensors = lower(EveryOperation().eval(), images(1, 4, 18, 34)).to_bytes()
     name = next(n for n in tensors if n.endswith('.weight'))
     bias = name.replace('weight', 'bias')
     for wrong in ({name: tensors[name][:, :2]}, {name: tensors[name][:4]}, {name: tensors[name].flatten()},
@@ -378,7 +378,7 @@ def test_unsupported_operations_are_named():
             return x.cumsum(1)
 
     with pytest.raises(UnsupportedNetwork, match='cumsum'):
-        lower(Odd(), pictures(1, 3, 8, 8))
+        lower(Odd(), images(1, 3, 8, 8))
 
 
 def test_no_compiler(monkeypatch):
@@ -397,9 +397,9 @@ def test_compiler_that_fails(monkeypatch, tmp_path):
 
 @runs_here
 @pytest.mark.usefixtures('level')
-def test_pictures_joined_with_maps():
-    """Where the engine multiplies in tiles it keeps pictures in bfloat16, and says so; else they are bytes as well."""
-    model, x = randomize(JoinsItsInput()).eval(), pictures(1, 4, 8, 8)
+def test_images_joined_with_maps():
+    """Where the engine multiplies in tiles it keeps images in bfloat16, and says so; else they are bytes as well."""
+    model, x = randomize(JoinsItsInput()).eval(), images(1, 4, 8, 8)
     _, plan = check(model, x)[0], lower(model, x)
     if build.library().csp_tiles():
         with pytest.raises(UnsupportedNetwork, match='cannot concatenate maps in bytes with others'):
@@ -440,7 +440,7 @@ def test_a_cpu_with_less_is_told_what_it_lacks(monkeypatch, units, message):
 
 @runs_here
 def test_wrong_use():
-    plan = lower(OneConv(3, 8, 1).eval(), pictures(1, 3, 8, 8))
+    plan = lower(OneConv(3, 8, 1).eval(), images(1, 3, 8, 8))
     with pytest.raises(ValueError, match='precision=\'int4\''):
         NativeEngine(plan, 1, 'int4')
     with pytest.raises(ValueError, match='threads=0'):
@@ -448,5 +448,5 @@ def test_wrong_use():
     with pytest.raises(ValueError, match='calibrate it'):
         NativeEngine(plan, 1, 'int8')
     for x in (torch.zeros(1, 4, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8).half()):
-        with pytest.raises(ValueError, match='takes float32 pictures'):
+        with pytest.raises(ValueError, match='takes float32 images'):
             NativeEngine(plan, 1)(x)

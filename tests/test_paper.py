@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from cspnet_timm.blocks import BottleBlock, ElasticBlock
+from cspnet_timm.blocks import BottleneckBlock, ElasticBlock
 from cspnet_timm.cross_stage import ComposedStage, CrossStage
 from cspnet_timm.families import WEIGHTS
 from cspnet_timm.layers import PartialShortcut
@@ -114,7 +114,7 @@ def test_partitions_of_the_middle_stages_are_linear(name):
 @pytest.mark.parametrize('name', ['cspnet_resnet50', 'cspnet_resnext50'])
 def test_first_residual_is_partial(name):
     model = timm.create_model(name, device='meta')
-    blocks = [m for m in model.modules() if isinstance(m, BottleBlock)]
+    blocks = [m for m in model.modules() if isinstance(m, BottleneckBlock)]
     assert len(blocks) == 3 + 3 + 5 + 2
     assert [block.shortcut.missing_chs for block in blocks] == [64] + 12 * [0]
     assert model.layer1.csp.entry.conv.out_channels == 64

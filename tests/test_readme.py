@@ -77,14 +77,14 @@ def run_all(folder):
             done = subprocess.run(text, shell=True, capture_output=True, text=True)
             assert done.returncode == 0, f'{text}\n{done.stderr}'
             results[text] = done.stdout
-    picture = names['transform'](Image.open('docs/sample.jpg'))[None]
+    image = names['transform'](Image.open('docs/sample.jpg'))[None]
     with torch.no_grad():
         return {
             'claims': claims,
             'maps': [tuple(names[level].shape) for level in ('p3', 'p4', 'p5')],
             'stage': tuple(names['stage'](torch.randn(2, 64, 8, 8)).shape),
-            'logits': names['model'](picture),
-            **{k: v.eval()(picture) if isinstance(v, nn.Module) else str(v) for k, v in results.items()},
+            'logits': names['model'](image),
+            **{k: v.eval()(image) if isinstance(v, nn.Module) else str(v) for k, v in results.items()},
         }
 
 
@@ -136,7 +136,7 @@ def test_what_is_pushed_is_pulled(results):
 
 
 def test_the_commands_write_what_is_said(results):
-    with Image.open(results['folder'] / 'features' / 'sample.cspnet_small.png') as picture:
-        assert picture.width > 500
+    with Image.open(results['folder'] / 'features' / 'sample.cspnet_small.png') as image:
+        assert image.width > 500
     assert {f.name for f in (results['folder'] / 'omega').iterdir()} == {
         'README.md', 'config.json', 'model.safetensors'}

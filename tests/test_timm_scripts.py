@@ -43,11 +43,11 @@ def folder(tmp_path_factory):
     for name in NAMES:
         shutil.copy(Path(SCRIPTS) / f'{name}.py', folder)
     shutil.copy(Path(__file__).with_name('ddp_cpu_shim.py'), folder)
-    draw_pictures(folder / 'pictures')
+    draw_images(folder / 'images')
     return folder
 
 
-def draw_pictures(root):
+def draw_images(root):
     """Discs and bars, eight of each to train on and four to validate."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (('train', 8), ('validation', 4)):
@@ -55,11 +55,11 @@ def draw_pictures(root):
             (root / split / kind).mkdir(parents=True)
             for i in range(count):
                 x, y, shade = torch.randint(0, 30, (3,), generator=generator).tolist()
-                picture = Image.new('RGB', (64, 64), (shade, shade, shade))
+                image = Image.new('RGB', (64, 64), (shade, shade, shade))
                 box = (x, y, x + 30, y + (30 if kind == 'disc' else 6))
-                draw = ImageDraw.Draw(picture)
+                draw = ImageDraw.Draw(image)
                 (draw.ellipse if kind == 'disc' else draw.rectangle)(box, fill=(220, 200, 40))
-                picture.save(root / split / kind / f'{split}_{kind}_{i}.png')  # the scripts want unique names
+                image.save(root / split / kind / f'{split}_{kind}_{i}.png')  # the scripts want unique names
 
 
 def run(folder, *command, launcher=(), **environment):
@@ -76,7 +76,7 @@ def run(folder, *command, launcher=(), **environment):
 def train(folder, model, experiment, *options, launcher=(), epochs=1):
     """Train and return the run's folder, its log and its summary, a row per epoch."""
     log = run(
-        folder, 'train.py', '--data-dir', 'pictures', '--model', model, '--num-classes', 2, '--device', 'cpu', '-b', 4,
+        folder, 'train.py', '--data-dir', 'images', '--model', model, '--num-classes', 2, '--device', 'cpu', '-b', 4,
         '-j', 0, '--epochs', epochs, '--warmup-epochs', 0, '--img-size', 64, '--lr', 0.01, '--log-interval', 1,
         '--output', 'runs', '--experiment', experiment, *options, launcher=launcher,
     )
@@ -109,7 +109,7 @@ def trained(folder):
 @pytest.mark.parametrize('name', SCRIPT_FAMILIES)
 def test_train_validate_and_average(folder, trained, name):
     checkpoint = trained(name)
-    options = ('--data-dir', 'pictures', '--model', name, '--num-classes', 2, '--device', 'cpu', '-b', 4, '-j', 0,
+    options = ('--data-dir', 'images', '--model', name, '--num-classes', 2, '--device', 'cpu', '-b', 4, '-j', 0,
                '--img-size', 64, '--checkpoint', checkpoint)
     plain = results(run(folder, 'validate.py', *options))
     assert 0 <= plain['top1'] <= 100
@@ -127,7 +127,7 @@ def test_train_validate_and_average(folder, trained, name):
 @pytest.mark.parametrize('name', SCRIPT_FAMILIES)
 def test_inference(folder, trained, name):
     pytest.importorskip('pandas', reason='inference.py writes its results by pandas')
-    run(folder, 'inference.py', '--data-dir', 'pictures/validation', '--model', name, '--num-classes', 2,
+    run(folder, 'inference.py', '--data-dir', 'images/validation', '--model', name, '--num-classes', 2,
         '--device', 'cpu', '-b', 4, '-j', 0, '--img-size', 64, '--checkpoint', trained(name), '--label-type', 'none',
         '--fullname', '--topk', 2, '--results-separate-col', '--results-dir', f'inference_{name}')
     table, = (folder / f'inference_{name}').glob('*.csv')
@@ -216,7 +216,7 @@ README = [text for kind, text in code() if kind == 'command' and re.search(r'\b(
 @pytest.fixture(scope='module')
 def released(folder):
     """Weights where the commands of the README look for the released ones; the variables that lead there."""
-    (folder / 'data').symlink_to(folder / 'pictures')
+    (folder / 'data').symlink_to(folder / 'images')
     cache = folder / 'torch_home' / 'hub' / 'checkpoints'
     cache.mkdir(parents=True)
     openmmlab_file(cache / Path(timm.get_pretrained_cfg('cspnet_rtmdet_s').url).name, load_fixture('cspnext_s')[1])

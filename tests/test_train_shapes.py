@@ -22,7 +22,7 @@ def shapes():
 
 def test_training_lowers_the_loss(shapes, tmp_path):
     pytest.importorskip('matplotlib', reason='the plot needs the extra bench')
-    results = shapes.main(['--pictures', '120', '--epochs', '3', '--output', str(tmp_path / 'results' / 'shapes')])
+    results = shapes.main(['--images', '120', '--epochs', '3', '--output', str(tmp_path / 'results' / 'shapes')])
     assert json.loads((tmp_path / 'results' / 'shapes.json').read_text()) == results
     assert Image.open(tmp_path / 'results' / 'shapes.png').width > 500
     assert list(results) == ['cspnet_nano', 'plain counterpart']

@@ -108,7 +108,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> int:
             f'{path}: is no Darknet file: its version would be {major}.{minor}.{revision}, '
             'and 0.1.0, 0.2.0 and 0.2.5 exist.'
         )
-    length = 20 if major * 10 + minor >= 2 else 16  # behind the version, the pictures seen as 64 or 32 bits
+    length = 20 if major * 10 + minor >= 2 else 16  # behind the version, the images seen as 64 or 32 bits
     if size < length:
         raise CheckpointError(f'{path}: ends within its header, {size} bytes instead of {length}.')
     file.seek(length)

@@ -38,7 +38,7 @@ class Report:
     Attributes:
         backend: What runs the network.
         precision: What it computes in.
-        arrangement: Streams × pictures in each.
+        arrangement: Streams × images in each.
         forms: How the network was rewritten.
         shape: Shape of the example.
         threads: Threads that compute.
@@ -68,7 +68,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f'{self.backend}, {self.precision}, {self.arrangement} pictures on {self.threads} threads: '
+            f'{self.backend}, {self.precision}, {self.arrangement} images on {self.threads} threads: '
             f'{self.milliseconds:.2f} ms for {tuple(self.shape)}, {self.speedup:.2f} times as fast as the model as '
             f'given ({self.original_milliseconds:.2f} ms)',
             f'relative difference to it: {max(self.differences):.1e}; forms: {", ".join(self.forms) or "none"}',
@@ -117,7 +117,7 @@ class Deployed:
         """Run the network.
 
         Args:
-            x: Pictures ``(B, C, H, W)``, in floating point.
+            x: Images ``(B, C, H, W)``, in floating point.
 
         Returns:
             What the model returns.
@@ -240,7 +240,7 @@ def _read(path: Path) -> Tuple[Dict[str, Any], Dict[str, bytes]]:
 def _arrangement(text: str) -> Arrangement:
     streams, chunk = (int(n) for n in text.split('×'))
     if not 0 < streams < 1 << 16 or not 0 < chunk < 1 << 16:
-        raise ValueError(f'{text!r} is no arrangement of streams and pictures')
+        raise ValueError(f'{text!r} is no arrangement of streams and images')
     return Arrangement(streams, chunk)
 
 
@@ -308,7 +308,7 @@ def _pairs(
         raise ValueError(
             f'precision={precision!r} is unknown, choose \'auto\' or of {", ".join(map(repr, PRECISIONS))}.')
     if precision == 'int8' and not calibrated:
-        raise ValueError('precision=\'int8\' takes the scales of the maps from pictures: pass calibration=batches.')
+        raise ValueError('precision=\'int8\' takes the scales of the maps from images: pass calibration=batches.')
     if calibrated and precision not in ('auto', 'int8'):
         raise ValueError(f'calibration is for precision=\'int8\' or \'auto\', not for precision={precision!r}.')
 
@@ -493,12 +493,12 @@ class _Deploy:
 
         Args:
             model: Any model of this package or of timm that returns a tensor or a list of tensors.
-            example_input: Pictures ``(B, C, H, W)`` in float32, of the batch and size that it shall be fast at.
+            example_input: Images ``(B, C, H, W)`` in float32, of the batch and size that it shall be fast at.
             precision: ``'float32'``, ``'bfloat16'``, ``'float16'``, ``'int8'``, or ``'auto'`` for the narrowest
                 floating point that the hardware has, and int8 too if there is ``calibration``.
             backend: ``'native'``, ``'openvino'``, ``'onnxruntime'``, ``'inductor'``, ``'eager'``, several of them, or
                 ``'auto'`` for all that are installed.
-            calibration: Batches of pictures, normalised as the model's input, that int8 takes its scales from.
+            calibration: Batches of images, normalised as the model's input, that int8 takes its scales from.
             threads: Threads that compute, ``torch.get_num_threads()`` by default.
             max_difference: Refuse what differs more from the model than this, ``|a - b| / |b|`` on the example; by
                 default 0.001 in float32, 0.1 in half precision and 0.5 in int8, which only finds failures.
@@ -521,7 +521,7 @@ class _Deploy:
         if places - {device}:
             raise ValueError(f'example_input is on {device}, but the model is on {", ".join(map(str, places))}.')
         if not len(example):
-            raise ValueError('example_input holds no picture.')
+            raise ValueError('example_input holds no image.')
         if threads is not None and threads < 1:
             raise ValueError(f'threads={threads} cannot be, at least 1 has to compute.')
         threads = threads or torch.get_num_threads()

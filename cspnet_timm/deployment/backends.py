@@ -2,7 +2,7 @@
 
 A backend is made from a model, which it converts into a form of its own that needs no Python class any more and can be
 written to a file. From that it makes runners, for an arrangement of streams and chunks: many maps stay in the cache
-when every core has pictures of its own, and few pictures at a time.
+when every core has images of its own, and few images at a time.
 """
 import abc
 import contextlib
@@ -39,7 +39,7 @@ class Arrangement:
 
     Attributes:
         streams: Parts of the batch that are computed at the same time, each on its share of the threads.
-        chunk: Pictures in a part.
+        chunk: Images in a part.
     """
 
     streams: int
@@ -144,7 +144,7 @@ def _torch_threads(threads: int) -> Iterator[None]:
 
 
 def _stream_arrangements(batch: int, threads: int) -> List[Arrangement]:
-    """Every thread with pictures of its own, all at once or a few at a time, and all threads on the whole batch."""
+    """Every thread with images of its own, all at once or a few at a time, and all threads on the whole batch."""
     found = []
     for streams in dict.fromkeys((threads, max(threads // 4, 1), 1)):
         streams = min(streams, batch)
@@ -354,7 +354,7 @@ class Inductor(Backend):
 
 
 class OpenVino(Backend):
-    """Intel's inference engine, with streams of pictures that stay on a core of their own."""
+    """Intel's inference engine, with streams of images that stay on a core of their own."""
 
     name = 'openvino'
 
@@ -397,7 +397,7 @@ class OpenVino(Backend):
             return cls(openvino.convert_model(model, example_input=example[:1]), precision)
 
     def arrangements(self, batch: int, threads: int) -> List[Arrangement]:
-        """Streams with pictures of their own, and all threads on the batch."""
+        """Streams with images of their own, and all threads on the batch."""
         return _stream_arrangements(batch, threads)
 
     def runner(self, arrangement: Arrangement, threads: int) -> '_OpenVinoRunner':
@@ -451,13 +451,13 @@ class _OpenVinoRunner:
         x = x.detach().contiguous()
         streams = min(self.arrangement.streams, len(x))
         chunk = min(self.arrangement.chunk, -(-len(x) // streams))
-        pictures = x.numpy()
+        images = x.numpy()
         outputs: Outputs = []
         with self.lock:
             running: List[Any] = []
             try:
                 for i, start in enumerate(range(0, len(x), chunk)):
-                    part = pictures[start:start + chunk]
+                    part = images[start:start + chunk]
                     requests = self._requests(streams, part.shape)
                     if not outputs:
                         outputs = [
@@ -520,7 +520,7 @@ class OnnxRuntime(Backend):
             return cls(path.read_bytes())
 
     def arrangements(self, batch: int, threads: int) -> List[Arrangement]:
-        """Streams with pictures of their own, and all threads on the batch."""
+        """Streams with images of their own, and all threads on the batch."""
         return _stream_arrangements(batch, threads)
 
     def runner(self, arrangement: Arrangement, threads: int) -> Runner:
@@ -593,7 +593,7 @@ class Native(Backend):
         return cls(native.calibrate(plan, calibration) if precision == 'int8' else plan)
 
     def arrangements(self, batch: int, threads: int) -> List[Arrangement]:
-        """The engine's own: a thread takes pictures, or all take a part of one."""
+        """The engine's own: a thread takes images, or all take a part of one."""
         streams = min(batch, threads)
         return [Arrangement(streams, -(-batch // streams))]
 

@@ -1,4 +1,4 @@
-"""Static int8: what a network's convolutions read is rounded to eight bits, with scales taken from given pictures.
+"""Static int8: what a network's convolutions read is rounded to eight bits, with scales taken from given images.
 
 The rounding is written into the network as fake quantisation, which an inference engine turns into integer arithmetic.
 Weights are symmetric with a scale per output channel, maps have one scale; a map without negative values uses all 256
@@ -91,7 +91,7 @@ def check_batches(calibration: Iterable[torch.Tensor]) -> List[torch.Tensor]:
     """
     batches = list(calibration)
     if not batches:
-        raise ValueError('calibration is empty: int8 takes the scales of its maps from a few batches of pictures.')
+        raise ValueError('calibration is empty: int8 takes the scales of its maps from a few batches of images.')
     for batch in batches:
         if not isinstance(batch, torch.Tensor) or batch.ndim != 4 or not batch.is_floating_point() or not len(batch):
             shape = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__

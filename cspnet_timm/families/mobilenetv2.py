@@ -12,7 +12,7 @@ from typing import Any, List, Optional, Tuple
 import torch.nn as nn
 
 from ..backbone import CspBackbone, Level, LevelArgs
-from ..blocks import InvertedBlock
+from ..blocks import InvertedResidual
 from ..checkpoints import darknet
 from ..cross_stage import ComposedStage
 from ..layers import ConvNormAct
@@ -26,9 +26,9 @@ def _mobile_layer(in_chs: int, args: LevelArgs, block_chs: Tuple[int, ...], out_
     # No 1×1 in front of the branches: each begins with a depthwise convolution that strides. Where a MobileNetV2 block
     # widens its channels six times by the 1×1, these do it three times there and twice by the depthwise convolution.
     first: Any = dict(dilation=args.first_dilation, stride=args.stride)
-    blocks = [InvertedBlock(in_chs, block_chs[0], depth_multiplier=2, **{**args.block_kwargs(0), **first})]
+    blocks = [InvertedResidual(in_chs, block_chs[0], depth_multiplier=2, **{**args.block_kwargs(0), **first})]
     for i, (before, after) in enumerate(pairwise(block_chs)):
-        blocks.append(InvertedBlock(before, after, 3 * before, depth_multiplier=2, **args.block_kwargs(i + 1)))
+        blocks.append(InvertedResidual(before, after, 3 * before, depth_multiplier=2, **args.block_kwargs(i + 1)))
     return ComposedStage(
         blocks=nn.Sequential(*blocks),
         bypass=ConvNormAct(in_chs, in_chs, 3, groups=in_chs, **first, **args.layers),
@@ -40,7 +40,7 @@ def _mobile_stem(in_chans: int, args: LevelArgs) -> nn.Module:
     return nn.Sequential(OrderedDict(
         conv1=ConvNormAct(in_chans, 32, 3, stride=args.stride, **args.layers),
         csp=ComposedStage(
-            blocks=nn.Sequential(InvertedBlock(32, 16, 32, **args.block_kwargs(0))),
+            blocks=nn.Sequential(InvertedResidual(32, 16, 32, **args.block_kwargs(0))),
             bypass=ConvNormAct(32, 16, 3, groups=16, **args.layers),
             merge=ConvNormAct(32, 48, **args.layers),
         ),
@@ -68,7 +68,7 @@ def _plain_layer(
     first: Any = dict(dilation=args.first_dilation, stride=args.stride)
     chs = (in_chs,) + block_chs
     blocks = nn.Sequential(*[
-        InvertedBlock(
+        InvertedResidual(
             before, after, expansion * before, **{**args.block_kwargs(i), **({} if i else first)})
         for i, (before, after) in enumerate(pairwise(chs))
     ])
@@ -81,7 +81,7 @@ def _plain_layer(
 def _plain_stem(in_chans: int, args: LevelArgs) -> nn.Module:
     return nn.Sequential(OrderedDict(
         conv1=ConvNormAct(in_chans, 32, 3, stride=args.stride, **args.layers),
-        blocks=nn.Sequential(InvertedBlock(32, 16, 32, **args.block_kwargs(0))),
+        blocks=nn.Sequential(InvertedResidual(32, 16, 32, **args.block_kwargs(0))),
     ))
 
 

@@ -15,7 +15,7 @@ from typing import Any, Callable, List, Optional, Tuple
 import torch.nn as nn
 
 from ..backbone import CspBackbone, Level, LevelArgs
-from ..blocks import BottleBlock, DarkBlock, ElasticBlock
+from ..blocks import BottleneckBlock, DarkBlock, ElasticBlock
 from ..checkpoints import darknet
 from ..cross_stage import ComposedStage, CrossStage
 from ..layers import ConvNormAct
@@ -28,14 +28,14 @@ Block = Callable[[int, int, LevelArgs, int], nn.Module]  # in_chs, out_chs, args
 
 
 def _bottle_block(in_chs: int, chs: int, args: LevelArgs, i: int, bottle_ratio: float, groups: int) -> nn.Module:
-    return BottleBlock(in_chs, chs, bottle_ratio=bottle_ratio, groups=groups, **args.block_kwargs(i))
+    return BottleneckBlock(in_chs, chs, bottle_ratio=bottle_ratio, groups=groups, **args.block_kwargs(i))
 
 
 def _elastic_bottle_block(in_chs: int, chs: int, args: LevelArgs, i: int, groups: int) -> nn.Module:
     kwargs = {**args.block_kwargs(i), 'drop_path': 0.}
     return ElasticBlock(
         chs,
-        block=lambda half: BottleBlock(half, half, bottle_ratio=1., groups=groups, shortcut=False, **kwargs),
+        block=lambda half: BottleneckBlock(half, half, bottle_ratio=1., groups=groups, shortcut=False, **kwargs),
         act_layer=args.layers['act_layer'],
         drop_path=args.drop_path[i],
     )

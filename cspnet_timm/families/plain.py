@@ -15,7 +15,7 @@ from typing import Any, List, Optional, Tuple
 import torch.nn as nn
 
 from ..backbone import CspBackbone, Level, LevelArgs
-from ..blocks import BottleBlock, DarkBlock
+from ..blocks import BottleneckBlock, DarkBlock
 from ..checkpoints import darknet
 from ..layers import ConvNormAct
 from ._builder import describe_weights, register_model
@@ -38,12 +38,12 @@ def _res_layer(
         first: bool,
 ) -> nn.Module:
     stride, dilation = (1, args.dilation) if first else (args.stride, args.first_dilation)
-    blocks = [BottleBlock(
+    blocks = [BottleneckBlock(
         in_chs, out_chs, bottle_ratio=bottle_ratio, groups=groups, stride=stride,
         **{**args.block_kwargs(0), 'dilation': dilation},
     )]
     for i in range(1, depth):
-        blocks.append(BottleBlock(
+        blocks.append(BottleneckBlock(
             out_chs, out_chs, bottle_ratio=bottle_ratio, groups=groups, **args.block_kwargs(i)))
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if first:

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict
 import torch.nn as nn
 
 from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs
-from ..blocks import AttentionBlock, Collect, DarkBlock
+from ..blocks import AttentionBlock, ConcatOutputs, DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvHead
 from ._builder import build_backbone, describe_weights, register_model
@@ -67,7 +67,8 @@ def _cross_stage(
 ) -> nn.Module:
     return CrossStage(
         in_chs, out_chs,
-        blocks=lambda chs: Collect([_block(chs, args, i, nested) for i in range(depth)], out_chs=(1 + depth) * chs),
+        blocks=lambda chs: ConcatOutputs(
+            [_block(chs, args, i, nested) for i in range(depth)], out_chs=(1 + depth) * chs),
         hidden_chs=2 * int(out_chs * branch_ratio),
         fusion='first',
         **args.layers,

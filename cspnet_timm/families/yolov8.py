@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn as nn
 
 from ..backbone import BackboneCfg, CspBackbone, LevelArgs
-from ..blocks import Collect, DarkBlock
+from ..blocks import ConcatOutputs, DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvHead
 from ._builder import build_backbone, describe_weights, register_model
@@ -31,7 +31,7 @@ SIZES = {  # width, depth, widest channels of the detector before scaling, its A
 def _cross_stage(chs: int, args: LevelArgs, depth: int) -> nn.Module:
     return CrossStage(
         chs, chs,
-        blocks=lambda c: Collect(
+        blocks=lambda c: ConcatOutputs(
             [DarkBlock(c, c, kernel_size=(3, 3), **args.block_kwargs(i)) for i in range(depth)],
             out_chs=(1 + depth) * c,
         ),

@@ -1,4 +1,4 @@
-"""What a plan's maps hold when it is given pictures, from which maps of bytes take their steps."""
+"""What a plan's maps hold when it is given images, from which maps of bytes take their steps."""
 from typing import Dict, Iterator, Sequence, Tuple
 
 import torch
@@ -18,7 +18,7 @@ def evaluate(plan: Plan, x: torch.Tensor) -> Iterator[torch.Tensor]:
 
     Args:
         plan: The plan.
-        x: Pictures ``(B, C, H, W)``.
+        x: Images ``(B, C, H, W)``.
 
     Yields:
         Every value, the input first; vectors are maps of one pixel.
@@ -88,7 +88,7 @@ def calibrate(plan: Plan, batches: Sequence[torch.Tensor]) -> Plan:
 
     Args:
         plan: The plan.
-        batches: Pictures ``(B, C, H, W)`` as the network will be given, normalised.
+        batches: Images ``(B, C, H, W)`` as the network will be given, normalised.
 
     Returns:
         The same plan, with its ``ranges``.
@@ -104,7 +104,7 @@ def calibrate(plan: Plan, batches: Sequence[torch.Tensor]) -> Plan:
                 if len(v) > SAMPLES:
                     v = v[torch.randint(len(v), (SAMPLES,), generator=generator)]
                 samples[i].append(v)
-    ranges = [(low[0], high[0], max(-low[0], high[0]))]  # of pictures black and white are to be kept
+    ranges = [(low[0], high[0], max(-low[0], high[0]))]  # of images black and white are to be kept
     for a, b, s in zip(low[1:], high[1:], samples[1:]):
         values = torch.cat(s)
         if len(values) > MOST:

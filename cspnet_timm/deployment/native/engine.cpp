@@ -2,7 +2,7 @@
 // and sums in int32. The products are AMX's where the compiler is allowed its tiles (and float16 with them), else VNNI's.
 //
 // The caller (engine.py beside this file) has laid out every map in one arena, packed the weights, and written the
-// order of work; nothing here is specific to a network. Maps are [picture][row][column][channel] without borders;
+// order of work; nothing here is specific to a network. Maps are [image][row][column][channel] without borders;
 // a layer reads and writes a range of channels of such a map, so that concatenations and slices are no work.
 // Every dense convolution is one micro-kernel: 32 positions times 32 output channels in four accumulator tiles, or 8
 // times 32 in sixteen registers. The rows of its A tiles are pixels: of the map itself for a 1x1 convolution, else of a
@@ -675,11 +675,11 @@ static inline void zero_pixels(const Layer& l, char* to, i64 px, i64 n) {
     for (i64 i = 0; i < n; i++) copy_bytes(to + i * px, (const char*)l.fill, px);
 }
 
-// Rows of one picture for the output rows y0 to y1, with zeros around them and channels padded to tap_c. Where tiles go
+// Rows of one image for the output rows y0 to y1, with zeros around them and channels padded to tap_c. Where tiles go
 // on from row to row, a convolution with a stride finds rows and columns sorted by their remainder, so that neighbours of
 // the output are neighbours here: [row % planes][column % planes][row / planes][column / planes], with planes = stride
 // and room for l.plane rows. Returns the end.
-static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i64 y1) {
+static char* pack_band(const Layer& l, const char* image, char* to, i64 y0, i64 y1) {
     const i64 px = l.band_ps, s = l.planes, width = l.width;
     const i64 rows = (y1 - y0 - 1) * (l.stride / s) + (l.kh - 1) * l.dil / s + 1, top = y0 * l.stride - l.pad_h;
     const i64 bytes = l.in_c * item(l.in8);
@@ -694,7 +694,7 @@ static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i6
                 const i64 right = std::max(left, std::min(width, (l.in_w - 1 + l.pad_w - p + s) / s));
                 if (left) zero_pixels(l, at, px, left);
                 if (right < width) zero_pixels(l, at + right * px, px, width - right);
-                const char* from = picture + (y % l.in_mod * l.in_w + left * s + p - l.pad_w) * l.in_ps;
+                const char* from = image + (y % l.in_mod * l.in_w + left * s + p - l.pad_w) * l.in_ps;
                 at += left * px;
                 // What lies behind a byte map's channels is multiplied by zero, whatever it is.
                 if (s == 1 && l.in_ps == px && (bytes == px || l.in8)) copy_bytes(at, from, (right - left) * px);
@@ -711,7 +711,7 @@ static char* pack_band(const Layer& l, const char* picture, char* to, i64 y0, i6
 // Patches of few channels (a network's first layer): each 64 bytes of a patch are put together in a register by loads
 // that fill the lanes of one row of the kernel each.
 template <bool IN8>
-static void pack_small_patches(const Layer& l, const char* picture, char* to, i64 y, i64 row_bytes, i64 x0, i64 x1) {
+static void pack_small_patches(const Layer& l, const char* image, char* to, i64 y, i64 row_bytes, i64 x0, i64 x1) {
     typedef std::conditional_t<IN8, __mmask64, __mmask32> Mask;
     constexpr int LANES = IN8 ? 64 : 32;
     const int per = (int)(l.kw * l.in_c), lines = (int)(row_bytes / 64);
@@ -719,7 +719,7 @@ static void pack_small_patches(const Layer& l, const char* picture, char* to, i6
     for (i64 ky = 0; ky < l.kh; ky++) {
         const i64 iy = y * l.stride - l.pad_h + ky;
         inside[ky] = iy >= 0 && iy < l.in_h;
-        rows[ky] = picture + (inside[ky] ? iy % l.in_mod * l.in_w * l.in_ps : 0) - l.pad_w * l.in_ps;
+        rows[ky] = image + (inside[ky] ? iy % l.in_mod * l.in_w * l.in_ps : 0) - l.pad_w * l.in_ps;
     }
     for (int line = 0; line < lines; line++) {
         const char* from[32]; Mask mask[32];
@@ -742,8 +742,8 @@ static void pack_small_patches(const Layer& l, const char* picture, char* to, i6
         }
     }
 }
-// The patches of positions of row y of one picture, each ksteps * 64 bytes or more (row_bytes).
-static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i64 row_bytes) {
+// The patches of positions of row y of one image, each ksteps * 64 bytes or more (row_bytes).
+static void pack_patches(const Layer& l, const char* image, char* to, i64 y, i64 row_bytes) {
     const i64 tap = l.tap_c * item(l.in8), bytes = l.in_c * item(l.in8);
     const i64 run = l.kw * tap;
     const __mmask64 run_mask = run >= 64 ? ~0ull : (1ull << run) - 1;
@@ -753,8 +753,8 @@ static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i
     if (runs && (!l.in8 || (top >= 0 && top + l.kh <= l.in_h)) && l.kh <= 16 && l.kw * l.in_c >= 2) {
         lo = std::min(l.out_w, (l.pad_w + l.stride - 1) / l.stride);
         hi = l.in_w + l.pad_w < l.kw ? lo : std::max(lo, std::min(l.out_w, (l.in_w + l.pad_w - l.kw) / l.stride + 1));
-        if (l.in8) pack_small_patches<true>(l, picture, to, y, row_bytes, lo, hi);
-        else pack_small_patches<false>(l, picture, to, y, row_bytes, lo, hi);
+        if (l.in8) pack_small_patches<true>(l, image, to, y, row_bytes, lo, hi);
+        else pack_small_patches<false>(l, image, to, y, row_bytes, lo, hi);
     }
     for (i64 x = 0; x < l.out_w; x++, to += row_bytes) {
         if (x == lo && hi > lo) { x += hi - lo - 1; to += (hi - lo - 1) * row_bytes; continue; }
@@ -763,7 +763,7 @@ static void pack_patches(const Layer& l, const char* picture, char* to, i64 y, i
         for (i64 ky = 0; ky < l.kh; ky++) {
             const i64 iy = y * l.stride - l.pad_h + ky * l.dil;
             if (iy < 0 || iy >= l.in_h) { zero_pixels(l, at, tap, l.kw); at += l.kw * tap; continue; }
-            const char* row = picture + iy % l.in_mod * l.in_w * l.in_ps;
+            const char* row = image + iy % l.in_mod * l.in_w * l.in_ps;
             if (runs && ix >= 0 && ix + l.kw <= l.in_w) {
                 const char* from = row + ix * l.in_ps;
                 if (run <= 64 && at + 64 <= to + row_bytes) _mm512_storeu_si512(at, _mm512_maskz_loadu_epi8(run_mask, from));
@@ -792,7 +792,7 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
     const i64 patch_bytes = (l.kh * l.kw * l.tap_c * item(l.in8) + 63) / 64 * 64;
     const i64 width = l.width, px = l.band_ps, step = l.mode == BAND ? l.stride / l.planes : 1;
     const char* in = arena + l.in_off;
-    const i64 picture = l.in_h * l.in_w * l.in_ps;
+    const i64 image = l.in_h * l.in_w * l.in_ps;
     for (i64 r = 0; r < rows_total;) {
         const i64 r_end = std::min(rows_total, r + l.rows_at_once);
         size_t nt = 0;
@@ -817,7 +817,7 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
             lda = patch_bytes;
             i64 first = r, start = 0;
             for (; r < r_end; r++, to += l.out_w * patch_bytes)
-                pack_patches(l, in + (s.b0 + r / height) * picture, to, s.y0 + r % height, patch_bytes);
+                pack_patches(l, in + (s.b0 + r / height) * image, to, s.y0 + r % height, patch_bytes);
             to = w.scratch;
             for (r = first; r < r_end; ) {
                 const i64 b = s.b0 + r / height, y = s.y0 + r % height;
@@ -830,10 +830,10 @@ static void run_conv(const Program& p, const Step& s, char* arena, Worker& w) {
             }
         } else {
             lda = px * step;
-            while (r < r_end) {  // one picture at a time
+            while (r < r_end) {  // one image at a time
                 const i64 b = s.b0 + r / height, y = s.y0 + r % height, n = std::min(r_end - r, height - r % height);
                 char* band = to;
-                to = pack_band(l, in + b * picture, to, y, y + n);
+                to = pack_band(l, in + b * image, to, y, y + n);
                 const i64 pos = (b * l.out_h + y) * l.out_w;
                 if (l.flat) {
                     const i64 all = n * width - (width - l.out_w);
@@ -1101,7 +1101,7 @@ static void run_zero(const Layer& l, const Step& s, char* arena) {
             zero_bytes(arena + l.out_off + (b * l.out_h * l.out_w + i) * l.out_ps, l.out_c * item(l.out8));
 }
 
-// A row of pictures as bytes, which are [column][channel].
+// A row of images as bytes, which are [column][channel].
 static void input_bytes(const Layer& l, const float* in, const Job& job, char* out) {
     const __m512 inv = _mm512_set1_ps(as_float(l.out_inv)), zero = _mm512_set1_ps(as_float(l.out_zero));
     alignas(16) static const struct Order {  // of 48 bytes in three registers those of each channel

@@ -36,7 +36,7 @@ FIELDS = (
     'in2_off', 'in2_ps', 'in2_small', 'out_off', 'out_ps', 'out_c', 'index', 'is_f32', 'flat', 'rows_at_once', 'koff',
     'planes', 'plane', 'width', 'band_ps', 'by_position', 'in_mod', 'in8', 'out8', 'in2_8', 'flow', 'fill', 'in_scale',
     'in_zero', 'in2_scale', 'in2_zero', 'out_inv', 'out_zero', 'steps_at_once', 'fetch', 'dense')
-CHUNK = 4  # pictures that one thread takes through the network together
+CHUNK = 4  # images that one thread takes through the network together
 BLOCK_BYTES = 256 << 10  # of a convolution's input that are taken through all its output channels together
 LARGE_WEIGHTS, LARGE_BLOCK_BYTES = 1 << 20, 700 << 10  # the same, for weights above this size
 STREAMED_WEIGHTS = 1200 << 10  # of a layer up to which they stream past each position, unless it reads these again
@@ -45,7 +45,7 @@ STEPS_AT_ONCE = 16  # of the product, whose weights for a block of channels half
 SEGMENT_WEIGHTS = 600 << 10  # of layers that are worked through together
 TOGETHER_WEIGHTS = 1500 << 10  # of a layer above which the threads share it, each with some of the output channels
 BAND_BYTES = 800 << 10  # of all maps of such layers, for the rows that are worked on
-MAX_SIZES = 4  # sizes of pictures whose memory is kept
+MAX_SIZES = 4  # sizes of images whose memory is kept
 
 
 class _Memory:
@@ -65,8 +65,8 @@ class _Memory:
 class NativeEngine:
     """A plan, ready to run.
 
-    Called with pictures ``(B, C, H, W)`` in float32, it returns the list of the network's outputs in float32. Any batch
-    size and any size of picture will do; memory for a new one is laid out at its first call.
+    Called with images ``(B, C, H, W)`` in float32, it returns the list of the network's outputs in float32. Any batch
+    size and any size of image will do; memory for a new one is laid out at its first call.
     """
 
     def __init__(self, plan: Plan, threads: int, precision: str = 'bfloat16') -> None:
@@ -117,16 +117,16 @@ class NativeEngine:
         """Run the network.
 
         Args:
-            x: Pictures ``(B, C, H, W)``, float32, on the CPU, contiguous or channels-last.
+            x: Images ``(B, C, H, W)``, float32, on the CPU, contiguous or channels-last.
 
         Returns:
             The outputs, ``(B, C', H', W')`` in channels-last memory or ``(B, C')``.
 
         Raises:
-            ValueError: If the pictures are not as said, or the network cannot take their size.
+            ValueError: If the images are not as said, or the network cannot take their size.
         """
         if x.ndim != 4 or x.shape[1] != self.plan.input_shape[0] or x.dtype != torch.float32 or x.device.type != 'cpu':
-            raise ValueError(f'The native engine takes float32 pictures (B, {self.plan.input_shape[0]}, H, W) on the '
+            raise ValueError(f'The native engine takes float32 images (B, {self.plan.input_shape[0]}, H, W) on the '
                              f'CPU, not {x.dtype} {tuple(x.shape)} on {x.device}.')
         x = x.detach()
         with self._lock:
@@ -138,7 +138,7 @@ class NativeEngine:
 
 
 class _Size:
-    """A network at one size of picture."""
+    """A network at one size of image."""
 
     def __init__(self, engine: NativeEngine, height: int, width: int) -> None:
         self.engine = engine
@@ -149,7 +149,7 @@ class _Size:
         self.packed = {}
         for i, layer in enumerate(self.layout.layers):
             if layer.op == 'conv':
-                # The same at every size of picture, as the layers are; their shapes say so.
+                # The same at every size of image, as the layers are; their shapes say so.
                 key = (i, layer['kernel'], *(v.is8 for v in layer.reads + layer.outs),
                        *(tuple(w.shape) for w in layer.weights))
                 if key not in engine._weights:
@@ -157,10 +157,10 @@ class _Size:
                 self.packed[layer] = engine._weights[key]
             layer.weights, layer.biases = [], []
 
-    def program(self, pictures: int) -> '_Program':
-        if pictures not in self.programs:
-            self.programs[pictures] = _Program(self, pictures, self.engine.threads)
-        return self.programs[pictures]
+    def program(self, images: int) -> '_Program':
+        if images not in self.programs:
+            self.programs[images] = _Program(self, images, self.engine.threads)
+        return self.programs[images]
 
     def run(self, x: torch.Tensor) -> List[torch.Tensor]:
         batch, threads = len(x), self.engine.threads
@@ -223,23 +223,23 @@ def _epilogue_address(packed: Dict[str, Any], block: int) -> int:
 
 
 class _Program:
-    """The work of one or several threads for a number of pictures."""
+    """The work of one or several threads for a number of images."""
 
-    def __init__(self, size: _Size, pictures: int, team: int) -> None:
+    def __init__(self, size: _Size, images: int, team: int) -> None:
         self.lib = size.engine._lib
         layout = size.layout
-        self.pictures, self.team, self.in_tiles = pictures, team, size.engine.tiles
-        if any(pictures * v.h * v.w >= 1 << 31 for v in layout.values):
-            raise ValueError(f'{pictures} pictures of this size are too many for the native engine.')
-        segments = _segments(layout, pictures, team, size.packed)
-        self.arena_bytes = _allocate(layout, pictures, segments, team)
+        self.images, self.team, self.in_tiles = images, team, size.engine.tiles
+        if any(images * v.h * v.w >= 1 << 31 for v in layout.values):
+            raise ValueError(f'{images} images of this size are too many for the native engine.')
+        segments = _segments(layout, images, team, size.packed)
+        self.arena_bytes = _allocate(layout, images, segments, team)
         self.keep: List[Any] = []
         records: List[int] = []
         self.scratch, self.tiles = 0, 0
         self.steps: List[List[Tuple[int, ...]]] = [[] for _ in range(team)]
         self.layer_of: List[int] = []  # of each record
         known: Dict[Tuple[int, ...], int] = {}
-        for i, start, stop, y0, y1, n0, n1, rank, apart in _schedule(layout, segments, pictures, team, size.packed):
+        for i, start, stop, y0, y1, n0, n1, rank, apart in _schedule(layout, segments, images, team, size.packed):
             if i < 0:
                 for steps in self.steps:
                     steps.append((0, 0, 0, 0, 0, 0, 0, 1))
@@ -266,9 +266,9 @@ class _Program:
 
     def _record(
             self, layer: Layer, packed: Optional[Dict[str, Any]], start: int, row: int, rank: int) -> Dict[str, int]:
-        """A layer as the engine reads it, for pictures from ``start`` on, rows from ``row`` on, and a thread."""
+        """A layer as the engine reads it, for images from ``start`` on, rows from ``row`` on, and a thread."""
         r: Dict[str, int] = {'kind': KINDS[layer.op], 'stride': 1, 'dil': 1, 'kh': 1, 'kw': 1, 'is_f32': layer.is_f32}
-        own = self.pictures * rank // self.team  # the first picture of this thread
+        own = self.images * rank // self.team  # the first image of this thread
         if layer.ins:
             x = layer.ins[0]
             direct = _reads_in_place(layer, packed)
@@ -326,7 +326,7 @@ class _Program:
             if mode == BAND and px % 256 == 0:
                 px += 64  # or the pixels of a tile would share a few sets of the first-level cache
             per_row = {DIRECT: width * r['in_ps'], PATCH: width * patch, BAND: span * px * s * planes}[mode]
-            everything = self.pictures * r['out_h']
+            everything = self.images * r['out_h']
             # Weights that the second-level cache cannot hold are fetched for as many positions as it can hold.
             large = _weight_bytes_of(packed) > LARGE_WEIGHTS
             rows = min(max(1, (LARGE_BLOCK_BYTES if large else BLOCK_BYTES) // per_row), everything)
@@ -350,12 +350,12 @@ class _Program:
                      mode=mode, tap_c=tap_c, ksteps=steps, flat=flat, rows_at_once=rows,
                      planes=planes, plane=plane, width=span, band_ps=px,
                      **_order(mode, packed, steps))
-            self.tiles = max(self.tiles, rows * ((span + 15) // 16 + 1) + 2 * self.pictures + 2)
+            self.tiles = max(self.tiles, rows * ((span + 15) // 16 + 1) + 2 * self.images + 2)
             slack = 32 * max(px * s, patch) + 4096
             if mode == PATCH:
                 self.scratch = max(self.scratch, rows * width * patch + slack)
             elif mode == BAND:
-                bands = min(rows, self.pictures)  # of different pictures
+                bands = min(rows, self.images)  # of different images
                 self.scratch = max(self.scratch, bands * planes * planes * plane * span * px + slack)
         elif layer.op == 'pool':
             r['flavour'] = ('max', 'mean', 'mean_padded').index(layer['kind'])
@@ -375,9 +375,9 @@ class _Program:
 
 
 def _at(value: Value, start: int, row: int, rank: int, first: int) -> int:
-    """Where a map would begin such that a row of picture ``start`` lies where it does.
+    """Where a map would begin such that a row of image ``start`` lies where it does.
 
-    A buffer that each thread has for itself may have room for a few pictures only, of which ``start`` is the first, or
+    A buffer that each thread has for itself may have room for a few images only, of which ``start`` is the first, or
     for a few rows only, in turns; else for those of the thread, of which ``first`` is the first.
     """
     buffer = value.buffer
@@ -404,13 +404,13 @@ def _in_place(layer: Layer, packed: Dict[Layer, Any]) -> List[Value]:
 
 
 class _Segment:
-    """Layers that are worked through together for some of the pictures, by bands of rows if ``bands`` is over 1.
+    """Layers that are worked through together for some of the images, by bands of rows if ``bands`` is over 1.
 
-    Where ``apart``, every thread has pictures of its own; else the threads share each layer.
+    Where ``apart``, every thread has images of its own; else the threads share each layer.
     """
 
-    def __init__(self, layers: List[int], pictures: int, bands: int, apart: bool) -> None:
-        self.layers, self.pictures, self.bands, self.apart = layers, pictures, bands, apart
+    def __init__(self, layers: List[int], images: int, bands: int, apart: bool) -> None:
+        self.layers, self.images, self.bands, self.apart = layers, images, bands, apart
         self.steps: List[Tuple[int, int, int]] = []  # layer and rows, where there are bands
 
 
@@ -423,12 +423,12 @@ def _weight_bytes_of(packed: Dict[str, Any]) -> int:
     return len(packed['blocks']) * packed['panel']
 
 
-def _segments(layout: Layout, pictures: int, team: int, packed: Dict[Layer, Any]) -> List[_Segment]:
+def _segments(layout: Layout, images: int, team: int, packed: Dict[Layer, Any]) -> List[_Segment]:
     """Cut the network into runs of layers whose weights and bands of maps stay in the second-level cache."""
     n = len(layout.layers)
-    if pictures < team:
-        return [_Segment([i], pictures, 1, team == 1) for i in range(n)]
-    share = -(-pictures // team)
+    if images < team:
+        return [_Segment([i], images, 1, team == 1) for i in range(n)]
+    share = -(-images // team)
     runs: List[List[int]] = []
     weights = 0
     for i, layer in enumerate(layout.layers):
@@ -442,7 +442,7 @@ def _segments(layout: Layout, pictures: int, team: int, packed: Dict[Layer, Any]
     for run in runs:
         layers = [layout.layers[i] for i in run]
         if team > 1 and len(run) == 1 and _weight_bytes(layers[0], packed) > TOGETHER_WEIGHTS:
-            segments.append(_Segment(run, pictures, 1, False))
+            segments.append(_Segment(run, images, 1, False))
             continue
         one = sum({id(v.buffer): v.buffer.bytes(1) for x in layers for v in x.reads + x.outs if v.buffer}.values())
         together = share
@@ -456,7 +456,7 @@ def _segments(layout: Layout, pictures: int, team: int, packed: Dict[Layer, Any]
     return segments
 
 
-def _allocate(layout: Layout, pictures: int, segments: List[_Segment], team: int) -> int:
+def _allocate(layout: Layout, images: int, segments: List[_Segment], team: int) -> int:
     """Give each buffer an address, such that those alive together do not overlap; returns the bytes in all."""
     for b in layout.buffers:
         b.first, b.last, b.rows = 1 << 60, -1, b.h
@@ -475,14 +475,14 @@ def _allocate(layout: Layout, pictures: int, segments: List[_Segment], team: int
     for i, segment in enumerate(segments):
         epochs.append(epochs[-1] + (not (segment.apart and segments[i - 1].apart)) if i else 0)
     shared, own = [], []
-    share = -(-pictures // team)
+    share = -(-images // team)
     for b in layout.buffers:
         b.own = 0
         if segments[b.first].apart and epochs[b.first] == epochs[b.last] and not b.alone:
             b.own, b.local = 1, b.first == b.last
-            own.append((b, b.first, b.last, b.bytes(segments[b.first].pictures if b.local else share)))
+            own.append((b, b.first, b.last, b.bytes(segments[b.first].images if b.local else share)))
         else:
-            shared.append((b, epochs[b.first], epochs[b.last], b.bytes(pictures)))
+            shared.append((b, epochs[b.first], epochs[b.last], b.bytes(images)))
     # A tile reads 16 pixels whether they are there or not.
     slack = 32 * max(b.stride for b in layout.buffers) + 4096
     total = _pack_buffers(shared)
@@ -565,14 +565,14 @@ def _roll(layout: Layout, segment: _Segment, number: int) -> None:
 def _schedule(
         layout: Layout,
         segments: List[_Segment],
-        pictures: int,
+        images: int,
         team: int,
         packed: Dict[Layer, Any],
 ) -> Iterator[Tuple[int, ...]]:
     """All steps in order.
 
-    Each is a layer (-1: wait for one another), pictures, rows, blocks of output channels, thread, and
-    whether the thread has these pictures for itself.
+    Each is a layer (-1: wait for one another), images, rows, blocks of output channels, thread, and
+    whether the thread has these images for itself.
     """
     before = True  # whether the segment before was one for each thread apart
     for segment in segments:
@@ -581,9 +581,9 @@ def _schedule(
         before = segment.apart
         for rank in range(team):
             if segment.apart:
-                edge = pictures * (rank + 1) // team
-                for start in range(pictures * rank // team, edge, segment.pictures):
-                    stop = min(edge, start + segment.pictures)
+                edge = images * (rank + 1) // team
+                for start in range(images * rank // team, edge, segment.images):
+                    stop = min(edge, start + segment.images)
                     for i in segment.layers if segment.bands == 1 else ():
                         layer = layout.layers[i]
                         yield i, start, stop, 0, (layer.outs or layer.ins)[0].h, 0, _blocks(layer, packed), rank, True
@@ -608,7 +608,7 @@ def _schedule(
             elif rank:
                 continue
             if rows[0] < rows[1]:
-                yield (i, 0, pictures, *rows, *part, rank, False)
+                yield (i, 0, images, *rows, *part, rank, False)
 
 
 def _blocks(layer: Layer, packed: Dict[Layer, Any]) -> int:

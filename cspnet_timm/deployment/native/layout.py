@@ -80,8 +80,8 @@ class Buffer:
         self.own = 0  # bytes of each thread's own memory, if it lies there
         self.local = False  # whether a single segment uses it
 
-    def bytes(self, pictures: int) -> int:
-        return pictures * self.rows * self.w * self.stride
+    def bytes(self, images: int) -> int:
+        return images * self.rows * self.w * self.stride
 
 
 class Layer:
@@ -106,7 +106,7 @@ class Layer:
 
 
 class Layout:
-    """The layers in order, and where everything lies for a number of pictures."""
+    """The layers in order, and where everything lies for a number of images."""
 
     def __init__(self, layers: List[Layer], values: List[Value], buffers: List[Buffer]) -> None:
         self.layers, self.values, self.buffers = layers, values, buffers
@@ -127,11 +127,11 @@ def arrange(plan: Plan, height: int, width: int, precision: str = 'bfloat16', ti
 
     Args:
         plan: The plan.
-        height: Height of the pictures.
-        width: Width of the pictures.
+        height: Height of the images.
+        width: Width of the images.
         precision: ``'bfloat16'``, or ``'int8'`` for maps in bytes. Means and what becomes of them are in bfloat16
             always.
-        tiles: Whether the engine multiplies in tiles, which have bfloat16 for pictures; else they are in bytes too.
+        tiles: Whether the engine multiplies in tiles, which have bfloat16 for images; else they are in bytes too.
 
     Returns:
         The layers and buffers.

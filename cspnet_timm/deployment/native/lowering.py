@@ -19,7 +19,7 @@ def lower(model: nn.Module, example: torch.Tensor) -> Plan:
 
     Args:
         model: The network, in eval mode, float32, on the CPU; it gives one tensor or a list of tensors.
-        example: A picture, or several.
+        example: An image, or several.
 
     Returns:
         The plan, with its own copy of the weights in bfloat16 (those of depthwise convolutions and all biases in
@@ -29,7 +29,7 @@ def lower(model: nn.Module, example: torch.Tensor) -> Plan:
         UnsupportedNetwork: If the network does something that the engine does not know.
     """
     if example.ndim != 4:
-        raise UnsupportedNetwork(f'The native engine takes pictures (B, C, H, W), and the example is {example.ndim}-d.')
+        raise UnsupportedNetwork(f'The native engine takes images (B, C, H, W), and the example is {example.ndim}-d.')
     with torch.no_grad():
         program = torch.export.export(model, (example,), strict=False)
     return _Lowering(program, example).plan()
@@ -305,7 +305,7 @@ class _Lowering:
 
     def _op_upsample_nearest2d(self, node: torch.fx.Node, a: Dict[str, Any]) -> int:
         before, after = node.args[0].meta['val'].shape, node.meta['val'].shape  # type: ignore[union-attr]
-        # At another size of picture, a map made to fit a neighbour will have to fit it again.
+        # At another size of image, a map made to fit a neighbour will have to fit it again.
         like = next((v for v, size in reversed(self.sizes.items()) if size == tuple(after[2:])), None)
         scale = after[2] // before[2]
         if (before[2] * scale, before[3] * scale) != tuple(after[2:]) and like is None:

@@ -50,7 +50,7 @@ class Plan:
     ) -> None:
         """
         Args:
-            input_shape: Channels, height and width of the picture the network was read at.
+            input_shape: Channels, height and width of the image the network was read at.
             operations: What is computed, each a dictionary with ``op`` and the fields of that operation.
             outputs: Values that are returned, each with True if it is a vector and not a map.
             tensors: ``'<i>.weight'`` and ``'<i>.bias'`` of each convolution ``i``.
@@ -108,7 +108,7 @@ class Plan:
         return cls((shape[0], shape[1], shape[2]), data['operations'], outputs, tensors, data.get('ranges'))
 
     def _check(self) -> None:
-        """Types and ranges of all that does not depend on the size of the picture."""
+        """Types and ranges of all that does not depend on the size of the image."""
         _integer(self.input_shape[0], 'input[0]', 1, MAX_CHANNELS)
         if not self.outputs:
             raise ValueError('The plan\'s field \'outputs\' is empty.')
@@ -189,11 +189,11 @@ class Plan:
         return tensor
 
     def shapes(self, height: int, width: int) -> List[Shape]:
-        """The shape of every value for a picture of another size.
+        """The shape of every value for an image of another size.
 
         Args:
-            height: Height of the picture.
-            width: Width of the picture.
+            height: Height of the image.
+            width: Width of the image.
 
         Returns:
             Channels, height and width of each value, the input first.

@@ -1,4 +1,4 @@
-"""Pictures of feature maps: what ``cspnet-timm features`` writes."""
+"""Images of feature maps: what ``cspnet-timm features`` writes."""
 import os
 import tempfile
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Sequence, Union
 import torch
 from PIL import Image, ImageDraw
 
-__all__ = ['feature_picture', 'save_picture']
+__all__ = ['feature_image', 'save_image']
 
 _TILE = 224
 _MARGIN = 8
@@ -26,7 +26,7 @@ def _colour(channel: torch.Tensor) -> Image.Image:
 
 
 def strongest_channels(features: torch.Tensor, count: int) -> List[int]:
-    """The channels that vary most over the picture.
+    """The channels that vary most over the image.
 
     Args:
         features: One level's map ``(C, H, W)``.
@@ -39,16 +39,16 @@ def strongest_channels(features: torch.Tensor, count: int) -> List[int]:
     return strength.topk(min(count, len(strength))).indices.tolist()
 
 
-def feature_picture(
+def feature_image(
         image: Image.Image,
         features: Sequence[torch.Tensor],
         infos: Sequence[Dict[str, Any]],
         channels_per_side: int = 2,
 ) -> Image.Image:
-    """Draw a picture and beside it the strongest channels of each level.
+    """Draw an image and beside it the strongest channels of each level.
 
     Args:
-        image: The picture as the network sees it.
+        image: The image as the network sees it.
         features: One map ``(C, H, W)`` per level.
         infos: The levels' entries of ``feature_info``.
         channels_per_side: Each level shows the square of this many channels.
@@ -74,11 +74,11 @@ def feature_picture(
     return drawing
 
 
-def save_picture(image: Image.Image, path: Union[str, Path]) -> None:
+def save_image(image: Image.Image, path: Union[str, Path]) -> None:
     """Write a PNG, whole or not at all.
 
     Args:
-        image: The picture.
+        image: The image.
         path: The file, replaced if it exists.
     """
     path = Path(path)
