@@ -10,17 +10,22 @@ from .autoload import register
 
 if TYPE_CHECKING:
     from . import hub
-    from .backbone import CspBackbone
+    from .backbone import BackboneCfg, CspBackbone, Level, LevelArgs
     from .cross_stage import ComposedStage, CrossStage
     from .deployment import deploy
 
 __version__ = '0.1.0'
-__all__ = ['ComposedStage', 'CrossStage', 'CspBackbone', 'deploy', 'hub', 'register']
+__all__ = [
+    'BackboneCfg', 'ComposedStage', 'CrossStage', 'CspBackbone', 'Level', 'LevelArgs', 'deploy', 'hub', 'register',
+]
 
 _PUBLIC = {
+    'BackboneCfg': 'backbone',
     'ComposedStage': 'cross_stage',
     'CrossStage': 'cross_stage',
     'CspBackbone': 'backbone',
+    'Level': 'backbone',
+    'LevelArgs': 'backbone',
     'deploy': 'deployment',
 }
 _MODULES = ('hub',)

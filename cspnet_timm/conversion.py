@@ -20,7 +20,7 @@ from .backbone import CspBackbone, StateDict
 from .checkpoints import Checkpoint, CheckpointError, check_modules, open_checkpoint
 from .checkpoints.darknet import NETWORKS
 from .families._builder import WEIGHTS
-from .families._recognise import candidates
+from .naming import candidates
 
 __all__ = ['Conversion', 'convert', 'inspect']
 

@@ -11,15 +11,16 @@ from timm.layers import ClassifierHead
 from timm.models import _hub
 from timm.utils import reparameterize_model
 
+from cspnet_timm import naming
 from cspnet_timm.backbone import BackboneCfg, CspBackbone
 from cspnet_timm.blocks import AttentionBlock
 from cspnet_timm.checkpoints import CheckpointError
 from cspnet_timm.checkpoints.description import TensorInfo, count_classes
-from cspnet_timm.families import _recognise, _yolo, cspnext, ppyoloe, yolox
+from cspnet_timm.families import _yolo, cspnext, ppyoloe, yolox
 from cspnet_timm.families._builder import WEIGHTS
-from cspnet_timm.families._recognise import candidates, recognise, unwrap
 from cspnet_timm.families.yolox import focus_to_conv
 from cspnet_timm.layers import ConvHead, ConvNormAct, RepConv, SeparableConv, SpatialPyramidPool
+from cspnet_timm.naming import candidates, recognise, unwrap
 from tests.parity import load_fixture
 
 FIXTURES = {
@@ -91,9 +92,9 @@ def parameters(model, head=True):
 @pytest.fixture
 def silent_once():
     """Notices that are given once per process are given again."""
-    _recognise._say_once.cache_clear()
+    naming._say_once.cache_clear()
     yield
-    _recognise._say_once.cache_clear()
+    naming._say_once.cache_clear()
 
 
 @pytest.mark.parametrize('fixture', FIXTURES)

@@ -24,6 +24,7 @@ from timm.models import register_model as timm_register_model
 
 from ..backbone import BackboneCfg, CspBackbone, StateDict
 from ..checkpoints import CheckpointError, read_foreign
+from ..naming import candidates
 
 __all__ = ['WEIGHTS', 'WeightsInfo', 'build_backbone', 'default_cfg', 'describe_weights', 'register_model']
 
@@ -203,8 +204,6 @@ def _check_fit(variant: str, cfg: BackboneCfg, file: str, model: CspBackbone, st
                 key in converted and converted[key].shape != value.shape and key != first))
     ]
     if wrong:
-        from ._recognise import candidates  # knows the families, which begin with this module
-
         found = ' or '.join(candidates(given)) or 'another network'
         raise CheckpointError(
             f'{file}: holds {found}, not {variant}: {len(wrong)} tensors are missing, too many or of another '

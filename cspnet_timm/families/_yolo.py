@@ -14,8 +14,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..backbone import Level, LevelArgs, StateDict
 from ..layers import ConvNormAct, SpatialPyramidPool
+from ..naming import Naming, register_naming, rename_keys, roll_channels
 from ._builder import IN1K, default_cfg
-from ._recognise import Naming, rename_keys, roll_channels
 
 __all__ = [
     'NAMING', 'classifier_cfg', 'detector_cfg', 'scale_width', 'yolo_level', 'yolo_levels', 'yolo_pool', 'yolo_stem',
@@ -183,7 +183,7 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
     return {**own, **out}
 
 
-NAMING = Naming(
+NAMING = register_naming(Naming(
     family='YOLO',
     models=('cspnet_yolov5*', 'cspnet_yolov8*', 'cspnet_yolo11*', 'cspnet_yolo26*'),
     marker=r'2\.cv1\.conv\.weight',
@@ -192,7 +192,7 @@ NAMING = Naming(
         'These weights have the layout of Ultralytics\' YOLO models. Those that Ultralytics publishes, and what '
         'derives from them, are licensed under AGPL-3.0 (or by an enterprise licence), other than this package.'
     ),
-)
+))
 
 
 def detector_cfg(source: str, url: str, ap: float, **kwargs: Any) -> Dict[str, Any]:

@@ -18,8 +18,8 @@ from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import ComposedStage
 from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
+from ..naming import Naming, register_naming, rename_keys
 from ._builder import IN1K, build_backbone, default_cfg, describe_weights, register_model
-from ._recognise import Naming, rename_keys
 
 __all__ = []
 
@@ -84,7 +84,7 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
     return out
 
 
-NAMING = Naming('RTMDet', ('cspnet_rtmdet_*',), r'stage1\.1\.attention\.fc\.weight', _rename)
+NAMING = register_naming(Naming('RTMDet', ('cspnet_rtmdet_*',), r'stage1\.1\.attention\.fc\.weight', _rename))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:

@@ -19,8 +19,8 @@ from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import ComposedStage
 from ..layers import ConvNormAct, RepConv
+from ..naming import Naming, register_naming, rename_keys, roll_channels
 from ._builder import IN1K, build_backbone, default_cfg, describe_weights, register_model
-from ._recognise import Naming, rename_keys, roll_channels
 
 __all__ = []
 
@@ -92,7 +92,8 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
     return out
 
 
-NAMING = Naming('PP-YOLOE', ('cspnet_ppyoloe_*',), r'(stages\.0|stage1\.0)\.conv_down\.conv\.weight', _rename)
+NAMING = register_naming(
+    Naming('PP-YOLOE', ('cspnet_ppyoloe_*',), r'(stages\.0|stage1\.0)\.conv_down\.conv\.weight', _rename))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:

@@ -18,8 +18,8 @@ from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
+from ..naming import Naming, register_naming, rename_keys
 from ._builder import build_backbone, default_cfg, describe_weights, register_model
-from ._recognise import Naming, rename_keys
 
 __all__ = ['focus_to_conv']
 
@@ -89,8 +89,8 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
     return out
 
 
-NAMING = Naming(
-    'YOLOX', ('cspnet_yolox_*',), r'dark2\.1\.conv1\.conv\.weight|stage1\.1\.main_conv\.conv\.weight', _rename)
+NAMING = register_naming(Naming(
+    'YOLOX', ('cspnet_yolox_*',), r'dark2\.1\.conv1\.conv\.weight|stage1\.1\.main_conv\.conv\.weight', _rename))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:

@@ -1,7 +1,8 @@
-"""State dicts of released files: which network one holds, and how its keys become this package's.
+"""How the frameworks name the tensors of a network, and which network a state dict holds.
 
-A family says once how the frameworks name its tensors (:class:`Naming`). From that follow its ``convert`` and its share
-in :func:`recognise`, which compares with the registered networks themselves, built on the meta device.
+A family says once how the frameworks name its tensors (:class:`Naming`), and announces it when it is defined
+(:func:`register_naming`). From that follow its ``convert`` and its share in :func:`recognise`, which compares with the
+registered networks themselves, built on the meta device. No family is known here by its name.
 """
 import functools
 import logging
@@ -13,15 +14,18 @@ import torch
 import torch.nn as nn
 from timm.models import create_model, list_models
 
-from ..backbone import StateDict
-from ..checkpoints import CheckpointError
+from .backbone import StateDict
+from .checkpoints import CheckpointError
 
-__all__ = ['Naming', 'candidates', 'recognise', 'rename_keys', 'roll_channels', 'unwrap']
+__all__ = [
+    'Naming', 'candidates', 'namings', 'recognise', 'register_naming', 'rename_keys', 'roll_channels', 'unwrap',
+]
 
 _logger = logging.getLogger(__name__)
 
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'ema', 'params')
-_NATIVE = re.compile(r'(stem|layer\d|head\.(fc|conv))\.')
+_NATIVE = re.compile(r'(stem|layer\d|neck|head\.(fc|conv))\.')
+_NAMINGS: List['Naming'] = []
 
 Rule = Tuple[str, Union[str, Callable[[re.Match], str]]]
 
@@ -89,7 +93,9 @@ class Naming:
         models: The registered networks, as a timm filter or several.
         marker: Pattern of a key that every file has, without the prefixes that wrappers put before it.
         rename: Makes this package's keys and tensors of those behind the prefix. Keys that it leaves in the
-            framework's form, of neck and head, are dropped; the second argument is all that the file has.
+            framework's form, of a detector's head, are dropped. It may give keys of a neck as well (``neck.…``): a
+            network without one passes them over, one that has it needs them. The second argument is all that the
+            file has, without the wrappers' prefix, for parts that do not lie beside the backbone's.
         notice: What whoever loads such a file has to know of its licence, said once per process.
     """
 
@@ -118,7 +124,7 @@ class Naming:
         outer = re.sub(r'(backbone\.)*$', '', prefix)
         own = {k[len(prefix):]: v for k, v in whole.items() if k.startswith(prefix)}
         own.update({k[len(outer):]: v for k, v in whole.items() if k.startswith(f'{outer}head.fc.')})
-        renamed = self.rename(own, whole)
+        renamed = self.rename(own, {k[len(outer):]: v for k, v in whole.items() if k.startswith(outer)})
         native = {k: v for k, v in renamed.items() if _NATIVE.match(k)}
         return native, len(whole) - len(own) + len(renamed) - len(native)
 
@@ -175,10 +181,22 @@ def _name(model: nn.Module, family: str) -> str:
     return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or f'the {family} network asked for'
 
 
-def _namings() -> List[Naming]:
-    from . import _yolo, cspnext, ppyoloe, yolox
+def register_naming(naming: Naming) -> Naming:
+    """Announce how the frameworks name a family's tensors, so that files of it are recognised.
 
-    return [cspnext.NAMING, yolox.NAMING, ppyoloe.NAMING, _yolo.NAMING]
+    Args:
+        naming: The family's.
+
+    Returns:
+        The same.
+    """
+    _NAMINGS[:] = [known for known in _NAMINGS if known.family != naming.family] + [naming]
+    return naming
+
+
+def namings() -> Tuple[Naming, ...]:
+    """Every naming that a family has announced."""
+    return tuple(_NAMINGS)
 
 
 def candidates(state_dict: Mapping[str, Any]) -> List[str]:
@@ -192,7 +210,7 @@ def candidates(state_dict: Mapping[str, Any]) -> List[str]:
     """
     native = unwrap(state_dict)
     models: Tuple[str, ...] = ('cspnet_*',)
-    for naming in _namings():
+    for naming in _NAMINGS:
         renamed = naming.to_native(state_dict)
         if renamed is not None:
             native, models = renamed[0], naming.models
@@ -201,7 +219,9 @@ def candidates(state_dict: Mapping[str, Any]) -> List[str]:
         if not any(_NATIVE.match(k) for k in native):
             return []
     given = _comparable(native)
-    return [name for name in list_models(list(models)) if _shapes(name) == given]
+    backbone = tuple(item for item in given if not item[0].startswith('neck.'))
+    return [name for name in list_models(list(models)) if _shapes(name) == backbone] or [
+        name for name in list_models(list(models)) if _shapes(name) == given]
 
 
 def recognise(state_dict: Mapping[str, Any]) -> Optional[str]:
