@@ -3,9 +3,13 @@ import argparse
 import difflib
 import fnmatch
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, List, Optional, Sequence
+
+if TYPE_CHECKING:
+    from .sizes import ModelSize
 
 __all__ = ['main']
 
@@ -40,43 +44,49 @@ def check_model_name(name: str) -> None:
         raise UserError(f'{architecture} has no weights {tag!r}, only: {", ".join(tags)}.')
 
 
-def _rows(pattern: str) -> List[Tuple[str, ...]]:
+def _list(args: argparse.Namespace) -> None:
     import timm
-    from huggingface_hub.utils import tqdm
     from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 
     from . import register
-    from .counting import describe_size
     from .families import WEIGHTS
+    from .sizes import model_sizes
 
     register()
-    glob = pattern if any(c in pattern for c in '*?[') else f'*{pattern}*'
+    glob = args.filter if any(c in args.filter for c in '*?[') else f'*{args.filter}*'
     names = [n for n in timm.list_models('cspnet_*') if fnmatch.fnmatch(n, glob)]
     if not names:
-        raise UserError(f'no model matches {pattern!r}; `cspnet-timm list` shows all.')
-    rows: List[Tuple[str, ...]] = []
-    for name in tqdm(names, desc='counting', unit='model', leave=False, disable=not sys.stderr.isatty()):
-        parameters, macs, input_size = describe_size(name)
-        for full_name, cfg in get_arch_pretrained_cfgs(name).items():
+        raise UserError(f'no model matches {args.filter!r}; `cspnet-timm list` shows all.')
+    cfgs = {name: get_arch_pretrained_cfgs(name) for name in names}
+    tags = [split_model_name_tag(full_name)[1] for name in names for full_name in cfgs[name]]
+    widths = (max(map(len, names)), 7, 11, max(map(len, (*tags, 'weights'))), 9, 0)
+    _print_row(('model', 'Mparams', 'GMACs', 'weights', 'top-1', 'licence'), widths)
+    for name in names:
+        size = model_sizes().get(name) or _measure(name)
+        for full_name, cfg in cfgs[name].items():
             info = WEIGHTS.get(full_name)
             metrics = dict(info.metrics) if info else {}
             at = f' @{metrics.pop("size")}' if 'size' in metrics else ''
-            rows.append((
+            row = (
                 name,
-                f'{parameters / 1e6:.2f}',
-                f'{macs / 1e9:.2f} @{input_size[-1]}',
+                f'{size.parameters / 1e6:.2f}',
+                f'{size.macs / 1e9:.2f} @{size.side}',
                 split_model_name_tag(full_name)[1],
                 f'{metrics["top1"]:.1f}{at}' if 'top1' in metrics else '-',
                 (cfg.license or '-') if info else '-',
-            ))
-    return rows
+            )
+            _print_row(row, widths)
 
 
-def _list(args: argparse.Namespace) -> None:
-    rows = [('model', 'Mparams', 'GMACs', 'weights', 'top-1', 'licence'), *_rows(args.filter)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+def _measure(name: str) -> 'ModelSize':
+    """Count a model that this version of the package does not know: another package registered it."""
+    from .counting import measure
+
+    return measure(name)
+
+
+def _print_row(row: Sequence[str], widths: Sequence[int]) -> None:
+    print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
 
 
 def _open_images(paths: Sequence[str]) -> List[Path]:
@@ -242,4 +252,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as error:
         print(f'cspnet-timm: {error}', file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough; what Python would flush at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0

@@ -4,9 +4,12 @@ from typing import Any, Tuple
 import timm
 import torch
 import torch.nn as nn
+from timm.models import model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['count_macs', 'count_parameters', 'describe_size']
+from .sizes import ModelSize, fingerprint
+
+__all__ = ['count_macs', 'count_parameters', 'measure']
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -39,15 +42,30 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def describe_size(name: str) -> Tuple[int, int, Tuple[int, int, int]]:
-    """Size of a registered model at its default input.
+def measure(name: str) -> ModelSize:
+    """Count everything that the table of sizes says of a registered model.
 
     Args:
         name: The model, as ``timm.create_model`` takes it.
 
     Returns:
-        Parameters, multiply-accumulates, and the input ``(C, H, W)`` that they are for.
+        Its row.
     """
     model: Any = timm.create_model(name, device='meta')
     input_size = model.pretrained_cfg['input_size']
-    return count_parameters(model), count_macs(model, input_size), input_size
+    parameters, macs = count_parameters(model), count_macs(model, input_size)
+    if not name.endswith('_cls') and hasattr(model, 'reset_classifier'):
+        model.reset_classifier(0)
+    return ModelSize(
+        model=name,
+        module=model_entrypoint(name).__module__.rpartition('.')[2],
+        parameters=parameters,
+        macs=macs,
+        side=input_size[-1],
+        channels=tuple(info['num_chs'] for info in model.feature_info),
+        reductions=tuple(info['reduction'] for info in model.feature_info),
+        backbone_parameters=count_parameters(model),
+        macs_224=count_macs(model, (3, 224, 224)),
+        macs_640=count_macs(model, (3, 640, 640)),
+        fingerprint=fingerprint(model.state_dict()),
+    )

@@ -16,6 +16,7 @@ from timm.models import create_model, list_models
 
 from .backbone import StateDict
 from .checkpoints import CheckpointError
+from .sizes import Shapes, comparable_shapes
 
 __all__ = [
     'Naming', 'candidates', 'namings', 'recognise', 'register_naming', 'rename_keys', 'roll_channels', 'unwrap',
@@ -69,19 +70,8 @@ def roll_channels(state_dict: StateDict, key: str, dims: Sequence[int], bypass_c
 
 
 @functools.cache
-def _shapes(name: str) -> Tuple[Tuple[str, Tuple[int, ...]], ...]:
-    return _comparable(create_model(name, device='meta').state_dict())
-
-
-def _comparable(state_dict: Mapping[str, torch.Tensor]) -> Tuple[Tuple[str, Tuple[int, ...]], ...]:
-    # Without what the user's own classes and input channels decide, and what some frameworks do not store.
-    shapes = {
-        k: tuple(v.shape) for k, v in state_dict.items()
-        if not k.startswith('head.fc.') and not k.endswith('num_batches_tracked')
-    }
-    for key in sorted(k for k, shape in shapes.items() if k.startswith('stem.') and len(shape) == 4)[:1]:
-        shapes[key] = shapes[key][:1] + shapes[key][2:]
-    return tuple(sorted(shapes.items()))
+def _shapes(name: str) -> Shapes:
+    return comparable_shapes(create_model(name, device='meta').state_dict())
 
 
 @dataclass(frozen=True)
@@ -155,7 +145,7 @@ class Naming:
             k: v for k, v in renamed[0].items()
             if k.split('.')[0] in levels and (with_fc or not k.startswith('head.fc.'))
         }
-        expected, given = dict(_comparable(own)), dict(_comparable(native))
+        expected, given = dict(comparable_shapes(own)), dict(comparable_shapes(native))
         if given != expected:
             found = recognise(state_dict)
             wrong = sorted(k for k in {**given, **expected} if given.get(k) != expected.get(k))
@@ -218,7 +208,7 @@ def candidates(state_dict: Mapping[str, Any]) -> List[str]:
     else:
         if not any(_NATIVE.match(k) for k in native):
             return []
-    given = _comparable(native)
+    given = comparable_shapes(native)
     backbone = tuple(item for item in given if not item[0].startswith('neck.'))
     return [name for name in list_models(list(models)) if _shapes(name) == backbone] or [
         name for name in list_models(list(models)) if _shapes(name) == given]

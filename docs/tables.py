@@ -1,25 +1,32 @@
-"""Writes the tables of the documentation from the registered models, so that no number in them is typed.
+"""Writes the package's table of sizes, and the tables of the documentation, so that no number in them is typed.
+
+The table of sizes is ``cspnet_timm/data/models.csv``, a row for each registered model. Run this after adding or
+changing a model. It counts the networks that are new or whose tensors have changed, a third of a second each; a change
+that no tensor shows, of a stride for instance, takes ``--recount``.
 
 A table stands in a page between ``<!-- sizes: PATTERN … -->`` or ``<!-- weights: PATTERN … -->`` or ``<!-- choice:
 PATTERN … -->`` and ``<!-- end -->``; the patterns name models as ``timm.list_models`` takes them, those behind a ``-``
 are left out.
 
-    python docs/tables.py          # rewrites every page beside this file that is out of date
-    python docs/tables.py --check  # only names them, and fails if there are any
+    python docs/tables.py            # rewrites the table of sizes and every page beside this file that is out of date
+    python docs/tables.py --recount  # as well, after counting every network again
+    python docs/tables.py --check    # only names what is out of date, and fails if there is any
 """
 import argparse
-import functools
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 import timm
 
 import cspnet_timm  # noqa: F401  registers the models
-from cspnet_timm.counting import count_macs, count_parameters
+from cspnet_timm.counting import count_parameters, measure
+from cspnet_timm.sizes import ModelSize, fingerprint, format_rows, model_sizes
 
 FOLDER = Path(__file__).resolve().parent
+DATA = FOLDER.parent / 'cspnet_timm' / 'data' / 'models.csv'
+TABLE: Dict[str, ModelSize] = dict(model_sizes()) if DATA.exists() else {}
 BLOCK = re.compile(r'(<!-- (sizes|weights|choice): (.*?) -->\n).*?(<!-- end -->)', re.DOTALL)
 SIZES = {size: index for index, size in enumerate(
     ('nano', 'n', 'tiny', 't', 'small', 's', 'medium', 'm', 'large', 'l', 'xlarge', 'x'))}
@@ -38,14 +45,30 @@ def _by_size(name: str) -> Tuple[str, int]:
     return (match[1] + form, SIZES[match[2]]) if match else (name, 0)
 
 
-@functools.cache
-def _counts(name: str, side: int) -> Tuple[int, int, Tuple[int, ...]]:
-    """Parameters, multiply-accumulates at ``side`` pixels, channels; with the classifier where it is a layer more."""
-    model = timm.create_model(name, device='meta')
-    if not name.endswith('_cls'):
-        model.reset_classifier(0)
-    channels = tuple(info['num_chs'] for info in model.feature_info)
-    return count_parameters(model), count_macs(model, (3, side, side)), channels
+def _size(name: str) -> ModelSize:
+    return TABLE[name] if name in TABLE else measure(name)
+
+
+def update(rows: Mapping[str, ModelSize], recount: bool = False) -> Dict[str, ModelSize]:
+    """Bring the table of sizes up to date. Networks whose tensors are as they were are not counted again.
+
+    Args:
+        rows: The table as it is.
+        recount: Count every network.
+
+    Returns:
+        A row for each registered model.
+    """
+    new = {}
+    for name in timm.list_models('cspnet_*'):
+        row = rows.get(name)
+        if row is not None and not recount:
+            model = timm.create_model(name, device='meta')
+            if (fingerprint(model.state_dict()), count_parameters(model)) == (row.fingerprint, row.parameters):
+                new[name] = row
+                continue
+        new[name] = measure(name)
+    return new
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -57,9 +80,9 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _sizes(names: List[str]) -> str:
     rows = []
     for name in sorted(names, key=_by_size):
-        params, macs, channels = _counts(name, 224)
-        rows.append((f'`{name}`', ', '.join(map(str, channels)), f'{params / 1e6:.2f} M', f'{macs / 1e9:.2f}',
-                     f'{_counts(name, 640)[1] / 1e9:.1f}'))
+        size = _size(name)
+        rows.append((f'`{name}`', ', '.join(map(str, size.channels)), f'{size.backbone_parameters / 1e6:.2f} M',
+                     f'{size.macs_224 / 1e9:.2f}', f'{size.macs_640 / 1e9:.1f}'))
     return _table(('model', 'channels of the maps', 'parameters', 'GMACs at 224', 'GMACs at 640'), rows)
 
 
@@ -97,10 +120,10 @@ def _choice(names: List[str]) -> str:
     from cspnet_timm.families._builder import WEIGHTS
 
     rows = []
-    for name in sorted(names, key=lambda n: (_counts(n, 224)[1], n)):
-        params, macs, _ = _counts(name, 224)
+    for name in sorted(names, key=lambda n: (_size(n).macs_224, n)):
+        size = _size(name)
         infos = [info for tag, info in WEIGHTS.items() if tag.partition('.')[0] == name]
-        rows.append((f'{macs / 1e9:.2f}', f'{params / 1e6:.2f} M', f'`{name}`',
+        rows.append((f'{size.macs_224 / 1e9:.2f}', f'{size.backbone_parameters / 1e6:.2f} M', f'`{name}`',
                      _best(infos, 'top1'), _best(infos, 'ap'),
                      ', '.join(sorted({info.license for info in infos})) or 'no weights'))
     return _table(
@@ -123,24 +146,30 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrite or check the pages.
+    """Rewrite or check the table and the pages.
 
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(description='Write the tables of the documentation from the registered models.')
-    parser.add_argument('--check', action='store_true', help='write nothing, fail if a page is out of date')
-    check = parser.parse_args().check
+    parser = argparse.ArgumentParser(description='Write the table of sizes and those of the documentation.')
+    parser.add_argument('--check', action='store_true', help='write nothing, fail if anything is out of date')
+    parser.add_argument('--recount', action='store_true', help='count every network, not only new and changed ones')
+    args = parser.parse_args()
+    TABLE.update(new := update(TABLE, args.recount))
     stale = 0
-    for page in sorted(FOLDER.glob('*.md')):
-        old = page.read_text(encoding='utf-8')
-        new = render(old)
-        if new != old:
+    for path, render_file in ((DATA, lambda _: format_rows(new.values())), *((p, render) for p in _pages())):
+        old = path.read_text(encoding='utf-8') if path.exists() else ''
+        text = render_file(old)
+        if text != old:
             stale += 1
-            print(f'{page.name}: {"out of date" if check else "rewritten"}')
-            if not check:
-                page.write_text(new, encoding='utf-8')
-    return int(check and stale > 0)
+            print(f'{path.name}: {"out of date" if args.check else "rewritten"}')
+            if not args.check:
+                path.write_text(text, encoding='utf-8')
+    return int(args.check and stale > 0)
+
+
+def _pages() -> List[Path]:
+    return sorted(FOLDER.glob('*.md'))
 
 
 if __name__ == '__main__':

@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / 'cspnet_timm'
 LAYERS = ['layers', 'blocks', 'cross_stage', 'backbone']
 ALLOWED = {name: set(LAYERS[:i]) for i, name in enumerate(LAYERS)}
 ALLOWED['checkpoints'] = set()  # readers know modules and containers, and no family
-ALLOWED['naming'] = {*LAYERS, 'checkpoints'}
+ALLOWED['naming'] = {*LAYERS, 'checkpoints', 'sizes'}
 ALLOWED['families'] = {*LAYERS, 'checkpoints', 'naming'}
 ALLOWED['deployment'] = set(LAYERS)  # likewise
 ALLOWED['autoload'] = set()
-ALLOWED['counting'] = ALLOWED['feature_image'] = set()
+ALLOWED['sizes'] = ALLOWED['feature_image'] = set()
+ALLOWED['counting'] = {'sizes'}
 
 RUN_TIME = {'torch', 'timm', 'huggingface_hub', 'safetensors'}
 BROUGHT = {'numpy', 'PIL', 'torchvision'}  # by these four

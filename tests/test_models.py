@@ -13,6 +13,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
+from cspnet_timm.counting import count_parameters
+from cspnet_timm.sizes import fingerprint, model_sizes
 from tests.zoo import ALL, create, distance, structure
 from tests.zoo import create_short as shortened
 
@@ -59,6 +61,17 @@ def test_feature_shapes(any_model, output_stride):
     for output, chs, reduction in zip(outputs, model.feature_info.channels(), model.feature_info.reduction()):
         assert reduction <= output_stride
         assert tuple(output.shape) == (1, chs, 128 // reduction, 192 // reduction)
+
+
+def test_row_of_the_table_of_sizes(any_model):
+    model, row = create_model(any_model, device='meta'), model_sizes()[any_model]
+    infos = list(model.feature_info)
+    assert (row.parameters, row.channels, row.reductions, row.fingerprint) == (
+        count_parameters(model),
+        tuple(info['num_chs'] for info in infos),
+        tuple(info['reduction'] for info in infos),
+        fingerprint(model.state_dict()),
+    ), 'run: python docs/tables.py'
 
 
 def test_device_and_dtype(any_model):

@@ -1,9 +1,13 @@
 """The tables of the documentation are what the registered models are."""
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
+
+from cspnet_timm.counting import measure
+from cspnet_timm.sizes import model_sizes
 
 DOCS = Path(__file__).resolve().parent.parent / 'docs'
 spec = importlib.util.spec_from_file_location('tables', DOCS / 'tables.py')
@@ -13,7 +17,29 @@ spec.loader.exec_module(tables)
 PAGES = [page for page in sorted(DOCS.glob('*.md')) if tables.BLOCK.search(page.read_text(encoding='utf-8'))]
 
 
+def test_every_model_has_a_row():
+    """That the row is right is checked by ``test_models.py``, and its operations by the test behind this one."""
+    wrong = sorted(set(timm.list_models('cspnet_*')) ^ set(model_sizes()))
+    assert not wrong, f'{wrong} are not both registered and in cspnet_timm/data/models.csv: run python docs/tables.py'
+
+
 @pytest.mark.slow
+def test_rows_are_right():
+    wrong = [name for name, row in model_sizes().items() if row != measure(name)]
+    assert not wrong, f'run: python docs/tables.py --recount ({wrong})'
+
+
+def test_only_what_changed_is_counted_again(monkeypatch):
+    rows = dict(model_sizes())
+    del rows['cspnet_nano']
+    rows['cspnet_tiny'] = replace(rows['cspnet_tiny'], fingerprint='0' * 16)
+    rows['cspnet_gone'] = replace(rows['cspnet_small'], model='cspnet_gone')
+    counted = []
+    monkeypatch.setattr(tables, 'measure', lambda name: counted.append(name) or measure(name))
+    assert tables.update(rows) == model_sizes()
+    assert counted == ['cspnet_nano', 'cspnet_tiny']
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_page_is_up_to_date(page):
     text = page.read_text(encoding='utf-8')
