@@ -10,6 +10,7 @@ import torch.nn as nn
 from timm.models import reparameterize_model
 
 from cspnet_timm.deployment.native import NativeEngine, Plan, UnsupportedNetwork, build, calibrate, lower, unavailable
+from cspnet_timm.deployment.native import engine as engine_module
 from cspnet_timm.deployment.native.calibrate import evaluate
 
 from .zoo import create, distance, randomize, representatives
@@ -327,6 +328,82 @@ def test_every_operation():
     if WHY_NOT is None:
         check(model, x)
         check_bytes(model, x, plan)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 32, 3, 2, 1), nn.Conv2d(32, 16, 3, 1, 1)
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return self.b(y * y.mean((2, 3), keepdim=True))
+
+
+@runs_here
+@pytest.mark.parametrize('precision', ['bfloat16', 'int8'])
+def test_a_map_scaled_by_its_own_mean(precision, monkeypatch):
+    """By bands of rows, as at the sizes of use: the one pixel has no rows to go by."""
+    monkeypatch.setattr(engine_module, 'BAND_BYTES', 20 << 10)
+    model, x = randomize(Scaled()).eval(), images(4, 3, 64, 64)
+    engine = NativeEngine(calibrate(lower(model, x), [x]), 2, precision)
+    with torch.no_grad():
+        expected = model(x)
+    for n in (1, 2, 3, 4):
+        assert distance(engine(x[:n])[0], expected[:n]) < 0.05
+
+
+@runs_here
+@pytest.mark.usefixtures('level')
+def test_slices_of_slices():
+    class Slices(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 64, 3, 1, 1)
+
+        def forward(self, x):
+            y = self.conv(x)[:, 16:]
+            return y[:, 8:24].mean((2, 3)), y[:, 40:][:, 1:5], self.conv(x)[:, :3]
+
+    check(randomize(Slices()).eval(), images(2, 3, 9, 7))
+
+
+@runs_here
+@pytest.mark.usefixtures('level')
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_what_is_in_one_image_stays_in_it(value):
+    """A map of one channel, and one of 17 with a residual: what lies behind a pixel's channels is another's."""
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (
+                nn.Conv2d(3, 1, 1), nn.Conv2d(1, 17, 1), nn.Conv2d(17, 17, 3, 1, 1), nn.Conv2d(17, 4, 1))
+
+        def forward(self, x):
+            y = self.b(self.a(x))
+            return self.d(nn.functional.max_pool2d(y + self.c(y), 1)), self.d(y + self.c(y))
+
+    model, x = randomize(Narrow()).eval(), images(3, 3, 5, 5)
+    engine, clean = check(model, x)
+    bad = x.clone()
+    bad[1] = value
+    for a, b in zip(engine(bad), clean):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[2], b[2]) and not a[1].isfinite().all()
+    engine(torch.full_like(x, value))
+    for a, b in zip(engine(x[:1]), clean):
+        assert torch.equal(a, b[:1])
+
+
+@runs_here
+@pytest.mark.usefixtures('level')
+@pytest.mark.parametrize('act', [nn.Identity(), nn.SiLU(), nn.ReLU(), nn.LeakyReLU(0.1), nn.Mish(), nn.Hardswish(),
+                                 nn.Hardsigmoid(), nn.Sigmoid(), nn.ReLU6(), nn.MaxPool2d(3, 1, 1)])
+def test_no_number_stays_no_number(act):
+    model, x = randomize(OneConv(3, 8, 1, act=act)).eval(), images(2, 3, 7, 7)
+    engine = NativeEngine(lower(model, x), 1)
+    x[0, :, 3, 3] = float('nan')
+    with torch.no_grad():
+        assert torch.equal(engine(x)[0].isnan(), model(x).isnan())
 
 
 LIES = {

@@ -127,21 +127,22 @@ static inline __m512 sigmoid(__m512 x) {
     const __m512 e = exp2_fast(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
     return _mm512_rcp14_ps(_mm512_add_ps(e, _mm512_set1_ps(1.f)));
 }
+// Of two operands of which one is no number, the CPU's maximum and minimum give the second.
 template <int ACT> static inline __m512 activate(__m512 x, __m512 slope) {
     const __m512 zero = _mm512_setzero_ps();
     switch (ACT) {
-        case RELU: return _mm512_max_ps(x, zero);
-        case RELU6: return _mm512_min_ps(_mm512_max_ps(x, zero), _mm512_set1_ps(6.f));
-        case LEAKY: return _mm512_fmadd_ps(_mm512_min_ps(x, zero), slope, _mm512_max_ps(x, zero));
+        case RELU: return _mm512_max_ps(zero, x);
+        case RELU6: return _mm512_min_ps(_mm512_set1_ps(6.f), _mm512_max_ps(zero, x));
+        case LEAKY: return _mm512_fmadd_ps(_mm512_min_ps(zero, x), slope, _mm512_max_ps(zero, x));
         case SILU: return _mm512_mul_ps(x, sigmoid(x));
         case SIGMOID: return sigmoid(x);
         case HARDSIGMOID: case HARDSWISH: {
             __m512 s = _mm512_fmadd_ps(x, _mm512_set1_ps(1.f / 6), _mm512_set1_ps(0.5f));
-            s = _mm512_min_ps(_mm512_max_ps(s, zero), _mm512_set1_ps(1.f));
+            s = _mm512_min_ps(_mm512_set1_ps(1.f), _mm512_max_ps(zero, s));
             return ACT == HARDSIGMOID ? s : _mm512_mul_ps(x, s);
         }
         case MISH: {  // x tanh(log(1 + e)) with e = exp(x) is x (e^2 + 2e) / (e^2 + 2e + 2)
-            const __m512 e = exp2_fast(_mm512_mul_ps(_mm512_min_ps(x, _mm512_set1_ps(25.f)), _mm512_set1_ps(1.44269504f)));
+            const __m512 e = exp2_fast(_mm512_mul_ps(_mm512_min_ps(_mm512_set1_ps(25.f), x), _mm512_set1_ps(1.44269504f)));
             const __m512 n = _mm512_fmadd_ps(e, e, _mm512_add_ps(e, e));
             return _mm512_mul_ps(x, _mm512_mul_ps(n, _mm512_rcp14_ps(_mm512_add_ps(n, _mm512_set1_ps(2.f)))));
         }
@@ -1024,6 +1025,7 @@ static void run_pool(const Layer& l, const Step& s, char* arena) {
                     const i64 n = std::min<i64>(32, l.in_c - c);
                     const float start = l.flavour ? 0.f : -__builtin_inff();
                     __m512 lo = _mm512_set1_ps(start), hi = lo;
+                    __mmask32 nan = 0;  // a maximum with what is no number is none either
                     if (l.in8) {  // the mean of numbers of steps, which has its input's scale; padding is the zero's number
                         const __m512 outside = _mm512_set1_ps((float)(count - (y1 - y0) * (x1 - x0)));
                         lo = _mm512_mul_ps(floats(l.in_zero, c), outside);
@@ -1034,8 +1036,15 @@ static void run_pool(const Layer& l, const Step& s, char* arena) {
                             __m512 a, b;
                             load_numbers(in + (iy % l.in_mod * l.in_w + ix) * l.in_ps + c * item(l.in8), l.in8, n, a, b);
                             if (l.flavour) { lo = _mm512_add_ps(lo, a); hi = _mm512_add_ps(hi, b); }
-                            else { lo = _mm512_max_ps(lo, a); hi = _mm512_max_ps(hi, b); }
+                            else {
+                                lo = _mm512_max_ps(lo, a); hi = _mm512_max_ps(hi, b);
+                                nan |= _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) | (__mmask32)_mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q) << 16;
+                            }
                         }
+                    if (nan) {
+                        const __m512 none = _mm512_set1_ps(__builtin_nanf(""));
+                        lo = _mm512_mask_mov_ps(lo, (__mmask16)nan, none); hi = _mm512_mask_mov_ps(hi, (__mmask16)(nan >> 16), none);
+                    }
                     if (l.flavour) { lo = _mm512_mul_ps(lo, scale); hi = _mm512_mul_ps(hi, scale); }
                     if (l.in8) store_bytes(out + c, lo, hi, n); else store_bf16(out + c * 2, narrow2(lo, hi), n);
                 }

@@ -367,7 +367,7 @@ class _Program:
             else:
                 y = layer.ins[1]
                 small = (y.h, y.w) != (layer.ins[0].h, layer.ins[0].w)
-                r.update(in2_off=_at(y, start, row, rank, own), in2_ps=y.buffer.stride, in2_small=small)
+                r.update(in2_off=_at(y, start, 0 if small else row, rank, own), in2_ps=y.buffer.stride, in2_small=small)
         elif layer.op == 'output':
             r['index'] = layer['index']
             r.update(out_h=layer.ins[0].h, out_w=layer.ins[0].w)

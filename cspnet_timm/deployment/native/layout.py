@@ -144,16 +144,12 @@ def arrange(plan: Plan, height: int, width: int, precision: str = 'bfloat16', ti
     if precision == 'int8':
         _quantize(plan, values, tiles)
     layers = [Layer('input', [], [values[0]])]
-    for i, op in enumerate(plan.operations):
+    for i, op in _simplified(plan):
         kind, out = op['op'], values[i + 1]
         fields = {k: field for k, field in op.items() if k not in ('op', 'x', 'y', 'xs')}
         ins = [values[v] for v in (op['xs'] if kind == 'cat' else [op[k] for k in ('x', 'y') if k in op])]
         if kind == 'slice':
-            base = ins[0]
-            out.base, out.start = base, op['start']
-            while out.base.base is not None:
-                out.start += out.base.start
-                out.base = out.base.base
+            out.base, out.start = ins[0], op['start']
         if kind == 'zeros':
             ins = []
         layer = Layer(kind, ins, [out], fields)
@@ -187,6 +183,24 @@ def arrange(plan: Plan, height: int, width: int, precision: str = 'bfloat16', ti
             if value.buffer is not None and value.buffer not in buffers:
                 buffers.append(value.buffer)
     return Layout(layers, values, buffers)
+
+
+def _simplified(plan: Plan) -> List[Tuple[int, Dict[str, Any]]]:
+    """The operations that the outputs take, with their numbers: no slice reads a slice."""
+    operations: List[Dict[str, Any]] = []
+    for op in plan.operations:
+        if op['op'] == 'slice' and op['x'] and operations[op['x'] - 1]['op'] == 'slice':
+            base = operations[op['x'] - 1]
+            op = {**op, 'x': base['x'], 'start': base['start'] + op['start'], 'stop': base['start'] + op['stop']}
+        operations.append(op)
+    read = {v for v, _ in plan.outputs}
+    live = []
+    for i, op in reversed(list(enumerate(operations))):
+        if i + 1 in read:
+            live.append((i, op))
+            if op['op'] != 'zeros':  # which takes the shape alone
+                read.update(op['xs'] if op['op'] == 'cat' else [op[k] for k in ('x', 'y') if k in op])
+    return live[::-1]
 
 
 def _quantize(plan: Plan, values: List[Value], tiles: bool) -> None:
@@ -423,6 +437,20 @@ def flow(layer: Layer) -> int:
     return FROM_HALF if out or (layer.res is not None and res) else HALF
 
 
+def _fills_its_room(value: Value) -> bool:
+    """Whether what lies behind a map's channels, up to a multiple of 32, is made of numbers of the same pixel.
+
+    A product reads it and multiplies it by zero, which leaves a zero of numbers alone: a pixel's neighbour may be of
+    another image, and what is left from an earlier layer or call may be no number.
+    """
+    layer, buffer = value.layer, value.buffer
+    if (layer is None or buffer is None or layer.op != 'conv' or layer.depthwise or value.base is not None
+            or buffer.c != value.c or buffer.stride < 2 * _up(value.c, 32)):
+        return False
+    res = layer.res
+    return res is None or res.is8 or (res.c == value.c and (res.c % 32 == 0 or _fills_its_room(res)))
+
+
 def pack_weights(layer: Layer, tiles: bool) -> Dict[str, Any]:
     """Blocks of 32 output channels in the order the tiles want, and what the engine must know of them.
 
@@ -443,8 +471,7 @@ def pack_weights(layer: Layer, tiles: bool) -> Dict[str, Any]:
     point = kh == kw == 1
     step = 64 // x.item  # channels of a step of the product
     # What lies behind a number of channels that is no multiple of a step is multiplied by zero, and must be a number.
-    clean = x.is8 or x.c % 32 == 0 or (x.buffer is not None and x.buffer.c == x.c and x.layer is not None
-                                       and x.layer.op == 'conv' and not x.layer.depthwise)
+    clean = x.is8 or x.c % 32 == 0 or _fills_its_room(x)
     if point and stride == 1 and tuple(layer['pad']) == (0, 0) and clean:
         mode = DIRECT
     elif groups == 1 and (x.c < 16 if x.is8 and not tiles else x.c % 32 and (x.c <= 48 or point) and not x.is8):
