@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timm.data import ImageNetInfo
 
+from cspnet_timm import cli
 from cspnet_timm.checkpoints import CheckpointError, darknet, read_foreign
 from tests.parity import load_fixture
 from tests.zoo import distance
@@ -284,7 +285,7 @@ def test_nothing_is_half_loaded(mobile, tmp_path, empty_mobile):
 def test_partial_only_on_request(mobile, tmp_path, caplog):
     path = write(tmp_path / 'csmobilenet-v2.conv.78', mobile[:-2])
     assert 'pretrained_strict=False' in refuse(path, 'ends behind convolution 58 of 59')
-    assert 'pretrained_strict=False' in refuse(path, 'ends behind convolution 58 of 59', num_classes=10)
+    assert 'num_classes=0' in refuse(path, 'ends behind convolution 58 of 59')
     with caplog.at_level(logging.WARNING):
         model = create(MOBILE, path, pretrained_strict=False)
     assert 'first 58 of 59 convolutions' in caplog.text
@@ -292,6 +293,28 @@ def test_partial_only_on_request(mobile, tmp_path, caplog):
     _, _, x, outputs = load_fixture('darknet_csmobilenet-v2')
     with torch.no_grad():
         assert distance(model.forward_features(x), outputs['features']) < 1e-5
+
+
+@pytest.mark.parametrize('kwargs', [dict(num_classes=0), dict(features_only=True), dict(num_classes=10)])
+def test_a_backbone_is_whole_where_no_classifier_of_it_is_needed(kwargs, mobile, mobile_file, tmp_path, caplog):
+    """The form in which backbones are published: csdarknet53-omega.conv.105."""
+    path = write(tmp_path / 'csmobilenet-v2.conv.78', mobile[:-2])
+    with caplog.at_level(logging.WARNING):
+        model = create(MOBILE, path, **kwargs)
+    assert 'convolutions' not in caplog.text
+    expected = create(MOBILE, mobile_file).state_dict()
+    for key, value in model.state_dict().items():
+        assert key.startswith('head.') or torch.equal(value, expected[key])
+    refuse(write(tmp_path / 'a.conv.77', mobile[:-7]), 'ends behind convolution 57 of 59', **kwargs)
+
+
+def test_a_backbone_is_converted_by_the_command_line(mobile, mobile_file, tmp_path):
+    path = write(tmp_path / 'csmobilenet-v2.conv.78', mobile[:-2])
+    command = ['convert', str(path), '--out', str(tmp_path / 'out'), '--model', MOBILE, '--num-classes', '0']
+    assert cli.main(command) == 0
+    again = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert again.num_classes == 0
+    assert torch.equal(again.stem.conv1.conv.weight, create(MOBILE, mobile_file).stem.conv1.conv.weight)
 
 
 def test_partial_in_the_middle(mobile, tmp_path, empty_mobile, caplog):

@@ -2,9 +2,9 @@
 
 Each reader is a module. Its ``recognises(path, head)`` looks at the file's name and first bytes. Then either
 ``describe(path)`` opens the file and returns a :class:`Checkpoint`, which says what is in it and reads its tensors; or,
-where a file holds numbers without names, ``read(path, model)`` returns the state dict of the network given, and
-``read_partial`` beside it does so of a file that ends early. State dicts are under the names that the file's framework
-or this package uses; the family's ``convert`` does the rest. Readers know modules and containers, and no family.
+where a file holds numbers without names, ``read(path, model)`` returns the state dict of the network given. State dicts
+are under the names that the file's framework or this package uses; the family's ``convert`` does the rest. Readers know
+modules and containers, and no family.
 """
 import importlib
 import logging
@@ -136,6 +136,7 @@ def read_foreign(
         model: nn.Module,
         allow_partial: bool = False,
         convert: Optional[Convert] = None,
+        classifier: bool = True,
 ) -> Optional[Dict[str, torch.Tensor]]:
     """Read a file that timm cannot read by itself, or would have to trust.
 
@@ -144,6 +145,7 @@ def read_foreign(
         model: The network that it is for, on any device, ``'meta'`` included: only its shapes are looked at.
         allow_partial: Accept a file that holds the network's beginning only, if its kind has such files.
         convert: As for :func:`fitted_state_dict`.
+        classifier: Whether the classifier is needed, for files that may end before it.
 
     Returns:
         The state dict, or None if timm reads files of this kind itself.
@@ -158,8 +160,7 @@ def read_foreign(
     if reader is None:
         raise _unknown(path)
     if not hasattr(reader, 'describe'):
-        read = getattr(reader, 'read_partial', reader.read) if allow_partial else reader.read
-        return read(path, model)
+        return reader.read(path, model, allow_partial, classifier)
     with _describe(reader, path) as checkpoint:
         _logger.info('%s: %s.', path, checkpoint.summary())
         return fitted_state_dict(checkpoint, model, convert)

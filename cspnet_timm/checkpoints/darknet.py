@@ -23,7 +23,7 @@ import torch.nn as nn
 
 from . import CheckpointError
 
-__all__ = ['NETWORKS', 'class_order', 'read', 'read_partial', 'recognises']
+__all__ = ['NETWORKS', 'class_order', 'read', 'recognises']
 
 _logger = logging.getLogger(__name__)
 
@@ -123,7 +123,11 @@ def _known_sizes() -> Dict[int, List[str]]:
     return sizes
 
 
-def _check_size(path: Path, layers: List[List[_Tensor]], num_bytes: int, allow_partial: bool) -> int:
+def _is_classifier(layer: List[_Tensor]) -> bool:
+    return layer[0].key.startswith('head.fc.')
+
+
+def _check_size(path: Path, layers: List[List[_Tensor]], num_bytes: int, allow_partial: bool, classifier: bool) -> int:
     """Compare the length with what the network needs, and return how many of its convolutions the file holds."""
     expected = _num_bytes(layers)
     if num_bytes == expected:
@@ -133,7 +137,7 @@ def _check_size(path: Path, layers: List[List[_Tensor]], num_bytes: int, allow_p
         rest -= _num_bytes(layers[held:held + 1])
         held += 1
     is_prefix = 0 < held < len(layers) and not rest
-    if is_prefix and allow_partial:
+    if is_prefix and (allow_partial or (not classifier and all(_is_classifier(layer) for layer in layers[held:]))):
         return held
 
     message = (
@@ -148,6 +152,8 @@ def _check_size(path: Path, layers: List[List[_Tensor]], num_bytes: int, allow_p
             f' It ends behind convolution {held} of {len(layers)}, as the files of `darknet partial` do: '
             'pretrained_strict=False loads these and leaves the others as they are.'
         )
+        if all(_is_classifier(layer) for layer in layers[held:]):
+            message += ' The classifier alone is missing: num_classes=0 or features_only=True needs none.'
     else:
         features = layers[-1][-1].shape[-1]
         classes, left = divmod(num_bytes - _num_bytes(layers[:-1]), 4 * (features + 1))
@@ -176,7 +182,7 @@ def _read_tensor(path: Path, file: BinaryIO, tensor: _Tensor) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32, copy=False)).reshape(tensor.shape)
 
 
-def _read(path: Path, model: nn.Module, allow_partial: bool) -> Dict[str, torch.Tensor]:
+def _read(path: Path, model: nn.Module, allow_partial: bool, classifier: bool) -> Dict[str, torch.Tensor]:
     layers = _layers(model)
     try:
         size = path.stat().st_size
@@ -191,17 +197,17 @@ def _read(path: Path, model: nn.Module, allow_partial: bool) -> Dict[str, torch.
                     f'{path}: holds batch norms, and this network has no {min(absent)}: '
                     'norm_layer must be a batch norm.'
                 )
-            held = _check_size(path, layers, size - header, allow_partial)
+            held = _check_size(path, layers, size - header, allow_partial, classifier)
             state_dict = {
                 tensor.key: _read_tensor(path, file, tensor) for layer in layers[:held] for tensor in layer}
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror or error}).') from error
-    if held < len(layers):
+    if any(classifier or not _is_classifier(layer) for layer in layers[held:]):
         _logger.warning(
             f'{path} holds the first {held} of {len(layers)} convolutions. Not in it, and left as they are: '
             f'{", ".join(tensor.key for layer in layers[held:] for tensor in layer[-1:])}.'
         )
-    else:
+    if held == len(layers):
         _sort_classes(state_dict, layers[-1])
     return state_dict
 
@@ -213,12 +219,20 @@ def _sort_classes(state_dict: Dict[str, torch.Tensor], classifier: List[_Tensor]
             state_dict[tensor.key] = state_dict[tensor.key][order]
 
 
-def read(path: Path, model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Read a whole file.
+def read(
+        path: Path,
+        model: nn.Module,
+        allow_partial: bool = False,
+        classifier: bool = True,
+) -> Dict[str, torch.Tensor]:
+    """Read a file, which may be one of ``darknet partial``: ``csdarknet53-omega.conv.105`` is a published backbone.
 
     Args:
         path: The file.
         model: The network that it is for, on any device, with as many classes as the file has.
+        allow_partial: Accept a file that ends behind any of the network's convolutions, the beginning of a network.
+            What it does not hold is logged.
+        classifier: Whether the classifier is needed. Where it is not, a file that ends before it is whole.
 
     Returns:
         The state dict under the network's own keys, a classifier of 1000 classes in timm's order. Darknet counts no
@@ -227,23 +241,4 @@ def read(path: Path, model: nn.Module) -> Dict[str, torch.Tensor]:
     Raises:
         CheckpointError: If the file is none of Darknet's, damaged, or not for this network.
     """
-    return _read(path, model, allow_partial=False)
-
-
-def read_partial(path: Path, model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Read a file that may end behind any of the network's convolutions, such as ``csdarknet53.conv.104``.
-
-    Detectors are trained from such files: they hold the backbone. ``timm.create_model(…, pretrained_strict=False)``
-    comes here. What the file does not hold is logged.
-
-    Args:
-        path: The file.
-        model: The network that it is the beginning of.
-
-    Returns:
-        The state dict of what the file holds.
-
-    Raises:
-        CheckpointError: As :func:`read` does, but for a file that ends between two convolutions.
-    """
-    return _read(path, model, allow_partial=True)
+    return _read(path, model, allow_partial, classifier)

@@ -184,7 +184,11 @@ def _read_foreign_file(variant: str, cfg: BackboneCfg, kwargs: Dict[str, Any]) -
         num_classes = 1000
     model = CspBackbone(cfg, num_classes=num_classes, device='meta', **layers)
     strict = kwargs.get('pretrained_strict', True)
-    state_dict = read_foreign(file, model, allow_partial=not strict, convert=cfg.convert)
+    # A classifier of another number of classes than the weights have is a new one.
+    asked = kwargs.get('num_classes', weights.num_classes)
+    headless = kwargs.get('features_only') or asked == 0 or asked != weights.num_classes
+    state_dict = read_foreign(
+        file, model, allow_partial=not strict, convert=cfg.convert, classifier=not headless)
     if state_dict is not None:
         if strict:
             _check_fit(variant, cfg, str(file), model, state_dict)
