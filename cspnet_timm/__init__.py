@@ -47,5 +47,6 @@ def __dir__() -> List[str]:
     return sorted(set(globals()) | set(__all__))
 
 
-if not autoload.torch_is_importing():
+# The command registers the models when it needs them, and answers at once where it does not.
+if not autoload.torch_is_importing() and not autoload.is_command():
     register()

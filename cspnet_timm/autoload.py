@@ -55,6 +55,14 @@ def torch_is_importing() -> bool:
     return 'torch' in sys.modules and not _is_loaded('torch')
 
 
+def is_command() -> bool:
+    """Whether this process is the package's own command, ``cspnet-timm`` or ``python -m cspnet_timm``."""
+    program = (getattr(sys, 'argv', None) or [''])[0]
+    if program == '-m':  # as it is until Python has found what to run
+        return _PACKAGE in sys.orig_argv
+    return os.path.basename(program).startswith('cspnet-timm')
+
+
 def _is_loaded(name: str) -> bool:
     module = sys.modules.get(name)
     return module is not None and not getattr(getattr(module, '__spec__', None), '_initializing', False)

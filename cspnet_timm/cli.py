@@ -1,12 +1,14 @@
 """The command line: ``cspnet-timm`` or ``python -m cspnet_timm``."""
 import argparse
+import csv
 import difflib
 import fnmatch
+import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 if TYPE_CHECKING:
     from .sizes import ModelSize
@@ -44,7 +46,11 @@ def check_model_name(name: str) -> None:
         raise UserError(f'{architecture} has no weights {tag!r}, only: {", ".join(tags)}.')
 
 
-def _list(args: argparse.Namespace) -> None:
+_COLUMNS = ('model', 'Mparams', 'GMACs', 'weights', 'top-1', 'licence')
+
+
+def _entries(pattern: str) -> List[Dict[str, Any]]:
+    """What the package knows of every set of weights of the models that match, as JSON has it."""
     import timm
     from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 
@@ -53,29 +59,28 @@ def _list(args: argparse.Namespace) -> None:
     from .sizes import model_sizes
 
     register()
-    glob = args.filter if any(c in args.filter for c in '*?[') else f'*{args.filter}*'
-    names = [n for n in timm.list_models('cspnet_*') if fnmatch.fnmatch(n, glob)]
+    glob = pattern.lower()
+    globs = (glob, f'cspnet_{glob}') if any(c in glob for c in '*?[') else (f'*{glob}*',)
+    names = [n for n in timm.list_models('cspnet_*') if any(fnmatch.fnmatchcase(n, glob) for glob in globs)]
     if not names:
-        raise UserError(f'no model matches {args.filter!r}; `cspnet-timm list` shows all.')
-    cfgs = {name: get_arch_pretrained_cfgs(name) for name in names}
-    tags = [split_model_name_tag(full_name)[1] for name in names for full_name in cfgs[name]]
-    widths = (max(map(len, names)), 7, 11, max(map(len, (*tags, 'weights'))), 9, 0)
-    _print_row(('model', 'Mparams', 'GMACs', 'weights', 'top-1', 'licence'), widths)
+        raise UserError(f'no model matches {pattern!r}; `cspnet-timm list` shows all.')
+    entries: List[Dict[str, Any]] = []
     for name in names:
         size = model_sizes().get(name) or _measure(name)
-        for full_name, cfg in cfgs[name].items():
+        for full_name, cfg in get_arch_pretrained_cfgs(name).items():
             info = WEIGHTS.get(full_name)
-            metrics = dict(info.metrics) if info else {}
-            at = f' @{metrics.pop("size")}' if 'size' in metrics else ''
-            row = (
-                name,
-                f'{size.parameters / 1e6:.2f}',
-                f'{size.macs / 1e9:.2f} @{size.side}',
-                split_model_name_tag(full_name)[1],
-                f'{metrics["top1"]:.1f}{at}' if 'top1' in metrics else '-',
-                (cfg.license or '-') if info else '-',
-            )
-            _print_row(row, widths)
+            entries.append(dict(
+                model=name,
+                parameters=size.parameters,
+                macs=size.macs,
+                input_size=size.side,
+                weights=split_model_name_tag(full_name)[1],
+                trained_on=info.data if info else None,
+                license=cfg.license if info else None,
+                downloads=cfg.has_weights,
+                metrics=dict(info.metrics) if info else {},
+            ))
+    return entries
 
 
 def _measure(name: str) -> 'ModelSize':
@@ -85,83 +90,74 @@ def _measure(name: str) -> 'ModelSize':
     return measure(name)
 
 
-def _print_row(row: Sequence[str], widths: Sequence[int]) -> None:
-    print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
+def _row(entry: Dict[str, Any]) -> Tuple[str, ...]:
+    metrics = entry['metrics']
+    at = f' @{metrics["size"]}' if 'size' in metrics else ''
+    return (
+        entry['model'],
+        f'{entry["parameters"] / 1e6:.2f}',
+        f'{entry["macs"] / 1e9:.2f} @{entry["input_size"]}',
+        entry['weights'],
+        f'{metrics["top1"]:.1f}{at}' if 'top1' in metrics else '-',
+        entry['license'] or '-',
+    )
 
 
-def _open_images(paths: Sequence[str]) -> List[Path]:
-    from PIL import Image
-
-    images = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f'{path}: there is no such image.')
-        try:
-            with Image.open(path) as image:
-                image.verify()
-        except Exception as error:  # Pillow raises almost anything on damaged files
-            raise UserError(f'{path}: cannot be read as an image ({error}).') from error
-        images.append(path)
-    return images
-
-
-def _output_paths(images: Sequence[Path], out: Path, model: str) -> List[Path]:
-    if out.exists() and not out.is_dir():
-        raise UserError(f'--out {out}: is a file, not a directory.')
-    paths = [out / f'{image.stem}.{model}.png' for image in images]
-    for i, path in enumerate(paths):
-        if path in paths[:i]:
-            raise UserError(f'{images[i]}: {path} is already the result of {images[paths.index(path)]}.')
-    return paths
+def _list(args: argparse.Namespace) -> None:
+    entries = _entries(args.filter)
+    if args.json:
+        print(json.dumps(entries, indent=1))
+        return
+    if args.csv:
+        metrics = sorted({name for entry in entries for name in entry['metrics']})
+        fields = [name for name in entries[0] if name != 'metrics']
+        writer = csv.writer(sys.stdout, lineterminator='\n')
+        writer.writerow([*fields, *metrics])
+        for entry in entries:
+            writer.writerow([*(entry[name] for name in fields), *(entry['metrics'].get(name) for name in metrics)])
+        return
+    rows = [_COLUMNS, *map(_row, entries)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _features(args: argparse.Namespace) -> None:
-    check_model_name(args.model)
-    images = _open_images(args.images)
-    paths = _output_paths(images, Path(args.out), args.model) if args.out else []
+    if args.model.startswith(('local-dir:', 'hf-hub:')):
+        from . import register
 
-    import timm
-    import torch
-    from huggingface_hub.utils import tqdm
-    from PIL import Image
-    from timm.data import create_transform, resolve_data_config
+        register()
+    else:
+        check_model_name(args.model)
+    from .features import create_extractor, draw_features, find_images, output_paths
 
-    from .feature_image import feature_image, save_image
-
-    torch.manual_seed(0)  # the same random weights every time, where there are no others
+    out = Path(args.out) if args.out else None
     try:
-        model = timm.create_model(args.model, pretrained=args.pretrained, features_only=True).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f'{args.model} cannot be created: {error}') from error
-    infos = model.feature_info.get_dicts()
-    config = resolve_data_config({}, model=model)
-    transform = create_transform(**config)
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
-    if paths:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    many = len(images) > 3
-    if not args.pretrained:
-        print('The weights are random: --pretrained takes the released ones.')
-    for i, file in enumerate(tqdm(images, unit='image', disable=not many)):
-        with Image.open(file) as image:
-            x = transform(image.convert('RGB'))
-        with torch.no_grad():
-            features = [level[0] for level in model(x[None])]
-        if not many or not paths:
-            print(f'{file}: {args.model}, input {tuple(x.shape)}')
-            for info, level in zip(infos, features):
-                print(
-                    f'  {info["module"]:<8} stride {info["reduction"]:>2}  channels {info["num_chs"]:>4}  '
-                    f'shape {tuple(level.shape)}'
-                )
-        if paths:
-            pixels = ((x * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-            seen = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            save_image(feature_image(seen, features, infos), paths[i])
-            if not many:
-                print(f'  -> {paths[i]}')
-    if many and paths:
-        print(f'{len(paths)} images -> {args.out}')
+        images = find_images(args.images)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.filename is None:
+            raise UserError(str(error)) from error
+        raise UserError(f'--out {out}: cannot be made ({error.strerror}).') from error
+    paths = output_paths(images, out, args.model) if out is not None else []
+    pretrained = True if args.pretrained else False if args.random else None
+    try:
+        model, weights = create_extractor(args.model, args.file, pretrained)
+        print(f'{args.model}: {weights}')
+        done = draw_features(model, args.model, images, paths)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f'--out {out}: cannot be written ({error.strerror or error}).') from error
+    if not done:
+        raise UserError(f'none of the {len(images)} images can be read.' if len(images) > 1 else 'nothing was read.')
+    if len(images) > 1 and len(done) < len(images):
+        print(f'{len(images) - len(done)} of {len(images)} images passed over', file=sys.stderr)
+    if paths and len(images) > 3:
+        print(f'{len(done)} images -> {out}')
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -200,15 +196,25 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser('list', help='the models, their sizes and weights')
     command.add_argument(
-        '--filter', default='*', metavar='PATTERN', help='part of the names to show, or a pattern such as "cspnet_*_s"')
+        '--filter', default='*', metavar='PATTERN', help='part of the names to show, or a pattern such as "yolo*s"')
+    form = command.add_mutually_exclusive_group()
+    form.add_argument('--json', action='store_true', help='as JSON, with counts in full and every published figure')
+    form.add_argument('--csv', action='store_true', help='the same as comma-separated values')
     command.set_defaults(run=_list)
 
     command = commands.add_parser(
         'features', help='what each level of a model makes of images',
-        description='Print the shape, stride and channels of each level, and draw the strongest channels of each.')
-    command.add_argument('images', nargs='+', metavar='IMAGE', help='images of any format that Pillow reads')
-    command.add_argument('--model', required=True, metavar='NAME', help='a name of `cspnet-timm list`')
-    command.add_argument('--pretrained', action='store_true', help='download and use the released weights')
+        description='Print the shape, stride and channels of each level, and draw the channels of each that vary most '
+                    'over the image. The released weights are used if they are in the cache or their host answers '
+                    'within seconds, else random ones.')
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='images that Pillow reads, or folders of them')
+    command.add_argument(
+        '--model', required=True, metavar='NAME',
+        help='a name of `cspnet-timm list`, local-dir:FOLDER or hf-hub:USER/NAME')
+    weights = command.add_mutually_exclusive_group()
+    weights.add_argument('--pretrained', action='store_true', help='insist on the released weights')
+    weights.add_argument('--random', action='store_true', help='use random weights')
+    weights.add_argument('--file', metavar='FILE', help='use the weights in this file, also of another framework')
     command.add_argument('--out', metavar='DIR', help='write one PNG per image into this directory')
     command.set_defaults(run=_features)
 
@@ -241,18 +247,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv: The arguments, those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 if the user has something to mend.
+        The exit code: 0, 2 if the user has something to mend, 130 if the user stopped it, 141 if nobody reads on.
     """
-    args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
-    for noisy in ('httpx', 'httpcore', 'urllib3'):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        args = _parser().parse_args(argv)
+        logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
+        for noisy in ('httpx', 'httpcore', 'urllib3'):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         args.run(args)
+        sys.stdout.flush()
     except UserError as error:
         print(f'cspnet-timm: {error}', file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough; what Python would flush at its end goes nowhere
+    except KeyboardInterrupt:
+        print('cspnet-timm: stopped.', file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as of `| head`
+        # Python would try once more at its end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 141
     return 0

@@ -1,13 +1,10 @@
 """Images of feature maps: what ``cspnet-timm features`` writes."""
-import os
-import tempfile
-from pathlib import Path
-from typing import Any, Dict, List, Sequence, Union
+from typing import Any, Dict, List, Sequence
 
 import torch
 from PIL import Image, ImageDraw
 
-__all__ = ['feature_image', 'save_image']
+__all__ = ['feature_image', 'most_varied_channels']
 
 _TILE = 224
 _MARGIN = 8
@@ -25,18 +22,18 @@ def _colour(channel: torch.Tensor) -> Image.Image:
     return Image.fromarray(rgb.round().to(torch.uint8).numpy())
 
 
-def strongest_channels(features: torch.Tensor, count: int) -> List[int]:
-    """The channels that vary most over the image.
+def most_varied_channels(features: torch.Tensor, count: int) -> List[int]:
+    """The channels that vary most over the image, by their standard deviation.
 
     Args:
-        features: One level's map ``(C, H, W)``.
+        features: One level's feature map ``(C, H, W)``.
         count: How many.
 
     Returns:
-        Their indices, the strongest first.
+        Their indices, the one that varies most first.
     """
-    strength = features.float().flatten(1).std(dim=1, correction=0)
-    return strength.topk(min(count, len(strength))).indices.tolist()
+    deviation = features.float().flatten(1).std(dim=1, correction=0)
+    return deviation.topk(min(count, len(deviation))).indices.tolist()
 
 
 def feature_image(
@@ -45,11 +42,11 @@ def feature_image(
         infos: Sequence[Dict[str, Any]],
         channels_per_side: int = 2,
 ) -> Image.Image:
-    """Draw an image and beside it the strongest channels of each level.
+    """Draw an image, and beside it the channels of each level that vary most over it.
 
     Args:
         image: The image as the network sees it.
-        features: One map ``(C, H, W)`` per level.
+        features: One feature map ``(C, H, W)`` per level.
         infos: The levels' entries of ``feature_info``.
         channels_per_side: Each level shows the square of this many channels.
 
@@ -60,7 +57,7 @@ def feature_image(
     side = _TILE // channels_per_side
     for level, info in zip(features, infos):
         tile = Image.new('RGB', (_TILE, _TILE), 'white')
-        for i, channel in enumerate(strongest_channels(level, channels_per_side ** 2)):
+        for i, channel in enumerate(most_varied_channels(level, channels_per_side ** 2)):
             small = _colour(level[channel].float().cpu()).resize((side - 2, side - 2), Image.Resampling.NEAREST)
             tile.paste(small, (i % channels_per_side * side + 1, i // channels_per_side * side + 1))
         tiles.append((tile, f'{info["module"]}: stride {info["reduction"]}, {info["num_chs"]} channels'))
@@ -72,22 +69,3 @@ def feature_image(
         drawing.paste(tile, (left, _MARGIN))
         draw.text((left + 2, _MARGIN + _TILE + 8), caption, fill='black')
     return drawing
-
-
-def save_image(image: Image.Image, path: Union[str, Path]) -> None:
-    """Write a PNG, whole or not at all.
-
-    Args:
-        image: The image.
-        path: The file, replaced if it exists.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            image.save(file, format='PNG')
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,6 +1,14 @@
 """The command line, as a user types it."""
+import csv
+import io
+import json
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +16,14 @@ import timm
 import torch
 from PIL import Image
 
+import cspnet_timm
+from cspnet_timm import features
 from cspnet_timm.cli import main
 from cspnet_timm.counting import count_macs, count_parameters
-from cspnet_timm.feature_image import strongest_channels
+from cspnet_timm.feature_image import most_varied_channels
+from cspnet_timm.features import output_paths
+from tests import foreign
+from tests.parity import load_fixture
 from tests.zoo import ALL
 
 SAMPLE = Path(__file__).resolve().parent.parent / 'docs' / 'sample.jpg'
@@ -31,6 +44,24 @@ def test_list_filter(capsys):
     assert main(['list', '--filter', 'cspnet_[nt]*']) == 0
     names = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
     assert names == {n for n in ALL if n.startswith(('cspnet_n', 'cspnet_t'))} >= {'cspnet_nano', 'cspnet_tiny'}
+
+
+def test_list_filter_in_the_users_words(capsys):
+    assert main(['list', '--filter', 'YOLOX_[nt]*']) == 0
+    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert names == {'cspnet_yolox_nano', 'cspnet_yolox_tiny'}
+
+
+def test_list_for_programs(capsys):
+    assert main(['list', '--filter', 'cspnet_[ns]*l*', '--json']) == 0
+    (small,) = json.loads(capsys.readouterr().out)
+    assert (small['model'], small['weights']) == ('cspnet_small', 'ra4_e3600_r256_in1k')
+    assert small['parameters'] == 3274728 and small['macs'] // 10 ** 7 == 68 and small['input_size'] == 256
+    assert small['metrics'] == {'top1': 73.158, 'top5': 91.458, 'size': 320}
+    assert small['license'] == 'apache-2.0' and small['downloads'] is True
+    assert main(['list', '--filter', 'cspnet_[ns]*', '--csv']) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row['model'], row['top1']) for row in rows] == [('cspnet_nano', ''), ('cspnet_small', '73.158')]
 
 
 def test_counts_are_timms():
@@ -65,24 +96,27 @@ def test_features_writes_images(tmp_path, capsys):
     assert '4 images' in capsys.readouterr().out
 
 
-def test_strongest_channels():
+def test_most_varied_channels():
     features = torch.zeros(4, 5, 5)
     features[2, 0, 0], features[1, 0, 0] = 9, 3
     features[3] = 7.  # constant: nothing to see
-    assert strongest_channels(features, 2) == [2, 1]
-    assert len(strongest_channels(features, 9)) == 4
+    assert most_varied_channels(features, 2) == [2, 1]
+    assert len(most_varied_channels(features, 9)) == 4
 
 
 @pytest.mark.parametrize('args, message', [
-    (['features', 'nowhere.jpg', '--model', 'cspnet_nano'], 'nowhere.jpg: there is no such image'),
-    (['features', __file__, '--model', 'cspnet_nano'], 'cannot be read as an image'),
+    (['features', 'nowhere.jpg', '--model', 'cspnet_nano'], 'nowhere.jpg: there is no such image or folder'),
+    (['features', __file__, '--model', 'cspnet_nano', '--random'], 'nothing was read'),
+    (['features', str(SAMPLE), '--model', 'local-dir:nowhere'], 'there is no config.json in this folder'),
+    (['features', str(SAMPLE), '--model', 'cspnet_nano', '--file', 'no.pth'], '--file no.pth: there is no such file'),
+    (['features', str(SAMPLE), '--model', 'cspnet_nano', '--file', __file__], 'cspnet_nano: '),
     (['features', str(SAMPLE), '--model', 'cspnet_smal'], 'did you mean cspnet_small'),
     (['features', str(SAMPLE), '--model', 'zzz'], "no model 'zzz': `cspnet-timm list` shows all"),
     (['features', str(SAMPLE), '--model', 'cspnet_small.in22k'], "no weights 'in22k', only: ra4_e3600"),
     (['features', str(SAMPLE), '--model', 'cspnet_nano', '--pretrained'], 'No pretrained weights exist'),
-    (['features', str(SAMPLE), str(SAMPLE), '--model', 'cspnet_nano', '--out', 'o'], 'is already the result of'),
-    (['features', str(SAMPLE), '--model', 'cspnet_nano', '--out', __file__], 'is a file, not a directory'),
-    (['list', '--filter', 'resnet*'], "no model matches 'resnet*'"),
+    (['features', str(SAMPLE), '--model', 'cspnet_nano', '--out', __file__], 'cannot be made'),
+    (['features', str(SAMPLE), '--model', 'cspnet_nano', '--out', '/proc/nothing/here'], 'cannot be made'),
+    (['list', '--filter', 'regnet*'], "no model matches 'regnet*'"),
 ])
 def test_bad_input(args, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -93,13 +127,73 @@ def test_bad_input(args, message, capsys, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_damaged_image(tmp_path, capsys):
-    path = tmp_path / 'half.png'
-    Image.open(SAMPLE).save(path)
+def damaged(path, kind):
+    """The first 2000 bytes of the sample."""
+    Image.open(SAMPLE).save(path, kind)
     path.write_bytes(path.read_bytes()[:2000])
-    assert main(['features', str(SAMPLE), str(path), '--model', 'cspnet_nano', '--out', str(tmp_path / 'out')]) == 2
-    assert 'half.png: cannot be read as an image' in capsys.readouterr().err
-    assert not (tmp_path / 'out').exists()
+    return path
+
+
+def test_what_cannot_be_read_is_named_and_passed_over(tmp_path, capsys):
+    folder = tmp_path / 'in'
+    (folder / 'deep').mkdir(parents=True)
+    damaged(folder / 'half.png', 'png')
+    damaged(folder / 'deep' / 'half.JPG', 'jpeg')
+    (folder / 'empty.webp').touch()
+    (folder / 'notes.txt').write_text('no image')
+    for image in ('a.jpg', 'a.png', 'deep/a.jpg'):
+        Image.open(SAMPLE).resize((64, 48)).save(folder / image)
+    out = tmp_path / 'out'
+    assert main(['features', str(folder), str(folder / 'a.jpg'), '--model', 'cspnet_nano', '--out', str(out)]) == 0
+    captured = capsys.readouterr()
+    broken = re.findall(r'(/\S+): passed over, ', captured.err)
+    assert sorted(broken) == sorted(str(folder / name) for name in ('half.png', 'deep/half.JPG', 'empty.webp'))
+    assert '3 of 6 images passed over' in captured.err and f'3 images -> {out}' in captured.out
+    assert {str(p.relative_to(out)) for p in out.rglob('*.png')} == {
+        f'{name}.cspnet_nano.png' for name in ('a.jpg', 'a.png', 'deep/a.jpg')}
+
+
+def test_no_two_drawings_have_one_name(tmp_path):
+    folders = [tmp_path / name for name in ('x', 'y', 'z/x')]
+    images = [folder / name for folder in folders for name in ('a.png', 'A.jpg', 'b.png')] + [folders[0] / 'c.png']
+    paths = [str(p.relative_to(tmp_path / 'out')) for p in output_paths(images, tmp_path / 'out', 'hf-hub:user/n.t')]
+    assert len({path.casefold() for path in paths}) == len(images)
+    assert paths[-1] == 'c.user_n.t.png' and paths[2] == 'x/b.png.user_n.t.png'
+
+
+def test_which_weights(tmp_path, capsys, monkeypatch):
+    """Released ones where they are at hand, random ones where they are not or were asked for."""
+    monkeypatch.setattr(timm.models._hub, 'get_cache_dir', lambda *_: str(tmp_path))
+    monkeypatch.setattr(features, 'PATIENCE', 0.5)
+    run = ['features', str(SAMPLE), '--model']
+    assert main([*run, 'cspnet_nano']) == 0
+    assert 'cspnet_nano: random weights: there are no others for cspnet_nano' in capsys.readouterr().out
+    assert main([*run, 'cspnet_yolov8n']) == 0
+    assert 'those of cspnet_yolov8n (agpl-3.0) are not downloaded, --file takes yours' in capsys.readouterr().out
+    # No host: a connection that is refused, and one that is taken and never answered.
+    cfg = timm.get_pretrained_cfg('cspnet_yolox_nano')
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        for port, why in ((silent.getsockname()[1], 'does not answer'), (1, 'is not reached')):
+            url = f'http://127.0.0.1:{port}/yolox_nano.pth'
+            monkeypatch.setattr(timm, 'get_pretrained_cfg', lambda _, url=url: replace(cfg, url=url))
+            assert main([*run, 'cspnet_yolox_nano']) == 0
+            assert f'random weights: 127.0.0.1:{port} {why}' in capsys.readouterr().out
+    # In the cache, and by a file.
+    info, state_dict, _, _ = load_fixture('yolox_nano')
+    foreign.write('yolox_nano', tmp_path / 'yolox_nano.pth', state_dict, info)
+    for file in ([], ['--file', str(tmp_path / 'yolox_nano.pth')]):
+        assert main([*run, 'cspnet_yolox_nano', *file]) == 0
+        assert 'cspnet_yolox_nano: weights of ' in capsys.readouterr().out
+    assert main([*run, 'cspnet_yolox_nano', '--random']) == 0
+    assert 'random weights: as asked for' in capsys.readouterr().out
+
+
+def test_features_of_a_folder_of_weights(tmp_path, capsys):
+    cspnet_timm.hub.save(timm.create_model('cspnet_nano', num_classes=3), tmp_path / 'mine', license='mit')
+    out = tmp_path / 'out'
+    assert main(['features', str(SAMPLE), '--model', f'local-dir:{tmp_path / "mine"}', '--out', str(out)]) == 0
+    assert f'weights of local-dir:{tmp_path / "mine"}' in capsys.readouterr().out
+    assert [p.name for p in out.iterdir()] == ['sample.mine.png']
 
 
 def test_bad_usage():
@@ -120,3 +214,17 @@ def test_module_and_script():
     for command in ([sys.executable, '-m', 'cspnet_timm'], [str(Path(sys.executable).with_name('cspnet-timm'))]):
         result = subprocess.run([*command, 'features', 'x', '--model', 'x'], capture_output=True, text=True)
         assert result.returncode == 2 and 'cspnet-timm: ' in result.stderr and not result.stdout
+
+
+@pytest.mark.slow
+def test_whoever_stops_the_command_sees_one_line():
+    command = [sys.executable, '-m', 'cspnet_timm', 'features', str(SAMPLE), '--model', 'cspnet_nano', '--random']
+    pipe = subprocess.run(
+        f'{sys.executable} -m cspnet_timm list | head -1', shell=True, capture_output=True, text=True)
+    assert pipe.stdout.startswith('model ') and not pipe.stderr
+    for seconds in (0.3, 2):  # while torch is being imported, and about when the model is built
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err.splitlines()) == (130, ['cspnet-timm: stopped.']), err
