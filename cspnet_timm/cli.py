@@ -77,7 +77,7 @@ def _entries(pattern: str) -> List[Dict[str, Any]]:
                 weights=split_model_name_tag(full_name)[1],
                 trained_on=info.data if info else None,
                 license=cfg.license if info else None,
-                downloads=cfg.has_weights,
+                downloads=bool(cfg.has_weights),
                 metrics=dict(info.metrics) if info else {},
             ))
     return entries

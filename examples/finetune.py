@@ -117,7 +117,7 @@ def create_loaders(
         model: The model.
         root: A folder with ``train`` and ``validation``, each with a folder per class.
         size: Of the images on each side, by default the model's own.
-        batch_size: Images per step.
+        batch_size: Images per step, at most; fewer where there are not four batches of them.
         augment: Crop, flip and colour the images to train on at random; without, they are seen whole.
         workers: Processes that read images.
 
@@ -125,11 +125,15 @@ def create_loaders(
         The loader to train with, that of the held-out images, and the preprocessing.
 
     Raises:
-        ValueError: If both have not the same classes.
+        ValueError: If both have not the same classes, or there are less than two images to train on.
     """
     images, held_out = (create_dataset('', root=str(root), split=split) for split in ('train', 'validation'))
     if images.reader.class_to_idx != held_out.reader.class_to_idx:
         raise ValueError(f'{root}: train and validation have different classes')
+    if len(images) < 2:
+        raise ValueError(f'{root}: {len(images)} image to train on is too few, batch norm needs two at least')
+    # The loader leaves out a last batch that is not full, which of few images would be all of them.
+    batch_size = max(2, min(batch_size, len(images) // 4))
     config = resolve_model_data_config(model)
     config['input_size'] = (config['input_size'][0], *([size] * 2 if size else config['input_size'][1:]))
     if not augment:
@@ -177,9 +181,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             license=args.license or (None if args.pretrained else 'other'))
         cspnet_timm.hub.model_card(model, **about)  # if it could not be saved, that is said now
         # Shapes are seen as they are: a flip would change their class.
-        loader, held_out, config = create_loaders(
-            model, root, args.img_size or (None if args.data else SIZE), args.batch_size,
-            augment=args.data is not None, workers=args.workers)
+        try:
+            loader, held_out, config = create_loaders(
+                model, root, args.img_size or (None if args.data else SIZE), args.batch_size,
+                augment=args.data is not None, workers=args.workers)
+        except ValueError as error:
+            parser.error(str(error))
         curve, average = train(model, loader, held_out, args.epochs, args.lr, args.layer_decay, args.model)
     cspnet_timm.hub.save(average, args.output, data_config=config, **about)
     print(f'{args.model}: {curve[-1]["ema_top1"]:.1f} % of {len(held_out.dataset)} held-out images, '

@@ -90,10 +90,10 @@ def test_average_precision(examples):
 
 # Fine-tuning
 
-def draw_two_classes(root):
+def draw_two_classes(root, train=60, validation=20):
     """Red and blue squares."""
     generator = torch.Generator().manual_seed(0)
-    for split, count in (('train', 60), ('validation', 20)):
+    for split, count in (('train', train), ('validation', validation)):
         for kind, colour in (('blue', (30, 60, 200)), ('red', (200, 60, 30))):
             (root / split / kind).mkdir(parents=True)
             for i in range(count):
@@ -129,6 +129,14 @@ def test_finetune(tmp_path):
     assert again.returncode == 2 and 'second is there already' in again.stderr
 
 
+@pytest.mark.parametrize('count', [2, 20])
+def test_finetune_on_few_images(examples, tmp_path, capsys, count):
+    draw_two_classes(tmp_path / 'images', count // 2, 1)
+    examples('finetune').main([
+        str(tmp_path / 'images'), '--img-size', '64', '--epochs', '1', '--output', str(tmp_path / 'tuned')])
+    assert 'of 2 held-out images, 2 classes' in capsys.readouterr().out
+
+
 # Detection and segmentation
 
 @pytest.mark.slow
@@ -162,8 +170,10 @@ def test_segment(tmp_path):
 @pytest.mark.slow
 def test_segment_names_the_extra_that_is_missing(tmp_path):
     (tmp_path / 'segmentation_models_pytorch.py').write_text('raise ImportError("as if it were not installed")')
-    done = execute('segment', tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
-    assert done.returncode == 1 and 'pip install "cspnet-timm[clients]"' in done.stderr and not done.stdout
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = execute('segment', tmp_path, PYTHONPATH=path)
+    assert done.returncode == 1 and 'pip install segmentation-models-pytorch' in done.stderr and not done.stdout
+    assert 'usage: segment.py' in execute('segment', tmp_path, '--help', PYTHONPATH=path).stdout
 
 
 # Weights of another framework, and the Hub
