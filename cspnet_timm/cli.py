@@ -76,7 +76,7 @@ def _entries(pattern: str) -> List[Dict[str, Any]]:
                 input_size=size.side,
                 weights=split_model_name_tag(full_name)[1],
                 trained_on=info.data if info else None,
-                license=cfg.license if info else None,
+                license=info.terms.label if info else None,
                 downloads=bool(cfg.has_weights),
                 metrics=dict(info.metrics) if info else {},
             ))

@@ -201,13 +201,14 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _license(name: str, given: Optional[str], implied: str, path: Path) -> str:
+def _license(name: str, given: Optional[str], implied: str, path: Path) -> Dict[str, str]:
+    """Entries of the model card: the licence that was given, the file's, or that of the released weights."""
     if given or implied:
-        return given or implied
+        return {'license': given or implied}
     architecture, _ = split_model_name_tag(name)
-    known = {info.license for key, info in WEIGHTS.items() if key.startswith(f'{architecture}.')}
+    known = {info.license: info.terms for key, info in WEIGHTS.items() if key.startswith(f'{architecture}.')}
     if len(known) == 1:
-        return known.pop()
+        return known.popitem()[1].card
     why = 'have several licences' if known else 'do not exist'
     raise ValueError(
         f'{path}: does not say under which licence its weights are, and released ones of {architecture} {why}: pass '
@@ -217,9 +218,8 @@ def _license(name: str, given: Optional[str], implied: str, path: Path) -> str:
 
 def _published(name: str, path: Path, sha256: str) -> Dict[str, str]:
     """What is known of the weights, if the file is one that was released: its name carries the hash."""
-    cfg = get_arch_pretrained_cfgs(split_model_name_tag(name)[0]).get(name)
     info = WEIGHTS.get(name)
-    if cfg is None or info is None or path.name not in ((cfg.url or cfg.origin_url or '').rpartition('/')[2],):
+    if info is None or path.name not in (source.filename for source in info.sources):
         return {}
     match = re.search(r'[-_]([0-9a-f]{8})(?=[._])', path.name)
     if match is None or not sha256.startswith(match[1]):
@@ -312,12 +312,13 @@ def convert(
             target = _Target(name, fit.num_classes if num_classes is None else num_classes, fit.in_chans)
     name = _choose_tag(target.name, path, target.num_classes)
     sha256 = _sha256(path)
-    license = _license(name, license, implied, path)
+    terms = _license(name, license, implied, path)
     converted = _create(path, name, target)
     published = _published(name, path, sha256)
     origin = f'`{path.name}` ({found}; sha256 `{sha256}`), converted by `cspnet-timm convert`'
     card: Dict[str, Any] = dict(
-        license=license,
+        license=terms['license'],
+        card=terms,
         source=f'{published["source"]}: {origin}' if published else origin,
         data=published.get('data'),
         label_names=list(labels) if labels and len(labels) == converted.num_classes else None,
@@ -338,7 +339,7 @@ def convert(
     url = ''
     if repo_id is not None:
         url = str(hub.push(converted, repo_id, **card).commit_url)
-    return Conversion(name, directory, found, sha256, license, distance, url)
+    return Conversion(name, directory, found, sha256, terms['license'], distance, url)
 
 
 def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:

@@ -255,13 +255,17 @@ class _Export:
         if cfg.get('paper_name'):
             details['Paper'] = f'{cfg["paper_name"]}, {_paper_urls(cfg.get("paper_ids"))}'.rstrip(', ')
         return {
-            'license': self.license,
+            **self._license(),
             'tags': [self.task, 'timm', _DISTRIBUTION],
             'description': f'`{self.architecture}`, a Cross Stage Partial (CSP) backbone of `{_DISTRIBUTION}`.',
             'details': details,
             'usage': self._usage(repo_id),
             **self.entries,
         }
+
+    def _license(self) -> Dict[str, str]:
+        info = _weights_info(self.pretrained_cfg) if self.pretrained else None
+        return info.terms.card if info is not None and info.license == self.license else {'license': self.license}
 
     def _classes(self) -> str:
         if not self.label_names:
@@ -278,7 +282,7 @@ class _Export:
         if info is not None:
             lineage = {
                 'Name': f'`{_weights_name(cfg)}`', 'Source': info.source, 'Training data': info.data,
-                'License': info.license,
+                'License': f'{info.terms.label}, stated by {info.terms.stated_by}: {info.terms.link}',
             }
         else:
             if cfg.get('source') == 'hf-hub':

@@ -102,11 +102,11 @@ def _weights(names: List[str]) -> str:
     rows = []
     for name in sorted((w for w in WEIGHTS if w.partition('.')[0] in names),
                        key=lambda w: (_by_size(w.partition('.')[0]), w)):
-        cfg, info = timm.get_pretrained_cfg(name), WEIGHTS[name]
-        url = cfg.url or cfg.origin_url or (f'https://huggingface.co/{cfg.hf_hub_id}' if cfg.hf_hub_id else '')
-        file = f'[{info.source.partition(",")[0]}]({url})'
+        info = WEIGHTS[name]
+        file = f'[{info.source.partition(",")[0]}]({info.sources[0].link})'
         rows.append((f'`{name}`', info.data, _figure(info.metrics), info.metrics_source or '–',
-                     info.license, file if cfg.has_weights else f'{file}, not downloaded'))
+                     f'[{info.terms.label}]({info.terms.link})',
+                     file if info.downloads else f'{file}, not downloaded'))
     return _table(('weights', 'trained on', 'published figure', 'published in', 'licence', 'file'), rows)
 
 
@@ -125,7 +125,7 @@ def _choice(names: List[str]) -> str:
         infos = [info for tag, info in WEIGHTS.items() if tag.partition('.')[0] == name]
         rows.append((f'{size.macs_224 / 1e9:.2f}', f'{size.backbone_parameters / 1e6:.2f} M', f'`{name}`',
                      _best(infos, 'top1'), _best(infos, 'ap'),
-                     ', '.join(sorted({info.license for info in infos})) or 'no weights'))
+                     ', '.join(sorted({info.terms.label for info in infos})) or 'no weights'))
     return _table(
         ('GMACs at 224', 'parameters', 'model', 'ImageNet top-1', 'AP of its detector', 'licence of the weights'), rows)
 

@@ -522,7 +522,7 @@ def test_every_tag_tells_its_provenance(name):
     if cfg.license == 'agpl-3.0':
         assert cfg.url is None and cfg.hf_hub_id is None and cfg.origin_url.startswith('https://github.com/ultralytics/')
     else:
-        assert cfg.license == 'apache-2.0' and cfg.url.startswith('https://') and cfg.url in info.source
+        assert cfg.license == 'apache-2.0' and cfg.url.startswith('https://')
 
 
 def test_every_detectors_network_has_a_tag():

@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / 'cspnet_timm'
 LAYERS = ['layers', 'blocks', 'cross_stage', 'backbone']
 ALLOWED = {name: set(LAYERS[:i]) for i, name in enumerate(LAYERS)}
 ALLOWED['checkpoints'] = set()  # readers know modules and containers, and no family
+ALLOWED['sources'] = set()
 ALLOWED['naming'] = {*LAYERS, 'checkpoints', 'sizes'}
-ALLOWED['families'] = {*LAYERS, 'checkpoints', 'naming'}
+ALLOWED['families'] = {*LAYERS, 'checkpoints', 'naming', 'sources'}
 ALLOWED['deployment'] = set(LAYERS)  # likewise
 ALLOWED['autoload'] = set()
 ALLOWED['sizes'] = ALLOWED['feature_image'] = set()

@@ -288,11 +288,12 @@ def test_weights_are_described():
     for name in names + [name for name in TABLE if 'plain' in name and 'pelee' not in name]:
         cfg = timm.get_pretrained_cfg(name)
         info = WEIGHTS[f'{name}.{cfg.tag}']
-        assert cfg.origin_url and cfg.origin_url in info.source
         assert info.metrics['size'] == cfg.input_size[-1]
-        assert info.license == cfg.license == ('darknet' if 'pjreddie' in cfg.origin_url else 'unknown')
+        redmon = any('pjreddie' in source.url for source in info.sources)
+        assert info.license == cfg.license == ('other' if redmon else 'unknown')
+        assert info.terms.label == ('other (darknet)' if redmon else 'unknown')
         assert (cfg.mean, cfg.std, cfg.interpolation, cfg.crop_pct) == ((0.,) * 3, (1.,) * 3, 'bilinear', 1.0)
-        assert not cfg.has_weights
+        assert bool(cfg.has_weights) is redmon  # the others lie on Google Drive and in a repository without a licence
     assert WEIGHTS['cspnet_resnext50_mish.omega_in1k'].metrics == dict(top1=79.8, top5=95.2, size=256)
     assert {tag.partition('.')[2] for tag in WEIGHTS if tag.startswith('cspnet_resnext50.')} == {'in1k', 'gamma_in1k'}
     for name in AFTER:
@@ -342,9 +343,9 @@ def test_documented_weights():
     assert set(rows) == ours
     for name, (_, file, top1, top5, pixels, licence) in rows.items():
         info = WEIGHTS[name]
-        assert f'({timm.get_pretrained_cfg(name).origin_url})' in file
+        assert f'({info.sources[-1].link})' in file
         assert info.metrics == dict(top1=float(top1), top5=float(top5), size=int(pixels))
-        assert info.license == licence
+        assert info.terms.label == licence
 
 
 def test_documented_comparison(benchmark):

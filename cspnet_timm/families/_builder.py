@@ -3,19 +3,16 @@ import contextlib
 import functools
 import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
 from urllib.parse import urlparse
 
 import torch.nn as nn
 from huggingface_hub import try_to_load_from_cache
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg,
     _hub,
     build_model_with_cfg,
-    generate_default_cfgs,
     is_model,
     model_entrypoint,
     resolve_pretrained_cfg,
@@ -25,63 +22,12 @@ from timm.models import register_model as timm_register_model
 from ..backbone import BackboneCfg, CspBackbone, StateDict
 from ..checkpoints import CheckpointError, read_foreign
 from ..naming import candidates
+from ._weights import IN1K, WEIGHTS, License, WeightsInfo, by_hand, default_cfg, describe_weights, hub, web
 
-__all__ = ['WEIGHTS', 'WeightsInfo', 'build_backbone', 'default_cfg', 'describe_weights', 'register_model']
-
-IN1K = 'ImageNet-1k'
-
-
-@dataclass(frozen=True)
-class WeightsInfo:
-    """Where a set of weights comes from, beyond what timm's ``PretrainedCfg`` records.
-
-    Attributes:
-        data: What they were trained on.
-        source: Who trained and published them, and where.
-        license: Their licence, as an SPDX name in lower case.
-        metrics: Published figures, e.g. ``{'top1': 77.9, 'size': 256}``; accuracies in percent.
-        metrics_source: Where the figures are published.
-    """
-
-    data: str
-    source: str
-    license: str
-    metrics: Dict[str, float]
-    metrics_source: str = ''
-
-
-WEIGHTS: Dict[str, WeightsInfo] = {}  # by 'architecture.tag', every set of weights of the package
-
-
-def default_cfg(**kwargs: Any) -> Dict[str, Any]:
-    """timm's default config of an ImageNet classifier of this package, with the given entries replaced."""
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
-        'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.conv', 'classifier': 'head.fc', 'license': 'apache-2.0',
-        'paper_ids': 'arXiv:1911.11929',
-        'paper_name': 'CSPNet: A New Backbone that can Enhance Learning Capability of CNN',
-        **kwargs,
-    }
-
-
-def describe_weights(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
-    """Make timm's default configs, and note in :data:`WEIGHTS` what timm has no field for.
-
-    Args:
-        cfgs: Config by 'architecture.tag'; an entry ``info`` holds the fields of :class:`WeightsInfo` but the licence.
-
-    Returns:
-        What timm's ``generate_default_cfgs`` makes of them.
-    """
-    plain: Dict[str, Union[Dict[str, Any], PretrainedCfg]] = {}
-    for name, cfg in cfgs.items():
-        cfg = dict(cfg)
-        info = cfg.pop('info', None)
-        if info is not None:
-            WEIGHTS[name.rstrip('*')] = WeightsInfo(license=cfg['license'], **info)
-        plain[name] = cfg
-    return generate_default_cfgs(plain)
+__all__ = [
+    'IN1K', 'WEIGHTS', 'License', 'WeightsInfo', 'build_backbone', 'by_hand', 'default_cfg', 'describe_weights', 'hub',
+    'register_model', 'web',
+]
 
 
 def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

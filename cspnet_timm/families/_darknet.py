@@ -1,25 +1,26 @@
 """What the networks trained in Darknet have in common: activation, batch norm, file order and preprocessing."""
 import functools
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch.nn as nn
 
 from ..backbone import BackboneCfg, CspBackbone, Level
 from ..cross_stage import ComposedStage
 from ..layers import ActLayer, ConvNormAct
-from ._builder import IN1K, build_backbone, default_cfg
+from ._builder import IN1K, License, build_backbone, default_cfg
+from ._weights import CLASSIFICATION, Source, by_hand
 
 __all__ = ['LEAKY', 'PJREDDIE', 'WONGKINYIU', 'build_darknet', 'darknet_cfg', 'drive']
 
 LEAKY = functools.partial(nn.LeakyReLU, negative_slope=0.1)
 
-PJREDDIE = dict(
-    license='darknet',  # public domain in style, https://github.com/pjreddie/darknet/blob/master/LICENSE
-    source='Joseph Redmon, https://pjreddie.com/darknet/imagenet',
+PJREDDIE = License(
+    'other', 'LICENSE of pjreddie/darknet, public domain in style; none is stated for the file',
+    'https://github.com/pjreddie/darknet/blob/master/LICENSE', name='darknet',
 )
-WONGKINYIU = dict(
-    license='unknown',  # the repository names none
-    source='Chien-Yao Wang, https://github.com/WongKinYiu/CrossStagePartialNetworks',
+WONGKINYIU = License(
+    'unknown', 'nobody: the repository has no licence file',
+    'https://github.com/WongKinYiu/CrossStagePartialNetworks',
 )
 
 
@@ -70,39 +71,42 @@ def build_darknet(
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
-def drive(file_id: str) -> str:
-    """Address of a file on Google Drive."""
-    return f'https://drive.google.com/open?id={file_id}'
+def drive(file_id: str, filename: str) -> Source:
+    """A file on Google Drive, which a browser has to fetch."""
+    return by_hand(f'https://drive.google.com/open?id={file_id}', filename=filename)
 
 
 def darknet_cfg(
-        url: str,
+        sources: Sequence[Source],
         top1: float,
         top5: float,
         size: int = 256,
-        author: Dict[str, str] = WONGKINYIU,
+        license: License = WONGKINYIU,
+        source: str = 'Chien-Yao Wang, https://github.com/WongKinYiu/CrossStagePartialNetworks',
         **kwargs: Any,
 ) -> Dict[str, Any]:
     """Config of a ``.weights`` file: where it is, and Darknet's preprocessing, RGB between 0 and 1 as it is.
 
     Args:
-        url: Where to get the file.
+        sources: Where to get the file.
         top1: Published top-1 accuracy on ImageNet, in percent.
         top5: Published top-5 accuracy.
         size: Side of the input that both were measured at.
-        author: Licence and source.
+        license: Their licence.
+        source: Who trained and published them.
         **kwargs: Further entries of timm's config.
 
     Returns:
         The config.
     """
     return default_cfg(**{
-        'origin_url': url, 'license': author['license'],
+        'sources': sources, 'license': license,
         'input_size': (3, size, size), 'pool_size': (size // 32, size // 32),
         'crop_pct': 1.0, 'interpolation': 'bilinear', 'mean': (0., 0., 0.), 'std': (1., 1., 1.),
         'info': dict(
             data=IN1K,
-            source=f'{author["source"]}, file {url}',
+            task=CLASSIFICATION,
+            source=source,
             metrics=dict(top1=top1, top5=top5, size=size),
             metrics_source='https://github.com/WongKinYiu/CrossStagePartialNetworks, README.md and imagenet/results.md',
         ),

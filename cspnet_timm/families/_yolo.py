@@ -15,13 +15,17 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..backbone import Level, LevelArgs, StateDict
 from ..layers import ConvNormAct, SpatialPyramidPool
 from ..naming import Naming, register_naming, rename_keys, roll_channels
-from ._builder import IN1K, default_cfg
+from ._builder import IN1K, License, by_hand, default_cfg
+from ._weights import CLASSIFICATION, DETECTION
 
 __all__ = [
     'NAMING', 'classifier_cfg', 'detector_cfg', 'scale_width', 'yolo_level', 'yolo_levels', 'yolo_pool', 'yolo_stem',
 ]
 
-LICENSE = 'agpl-3.0'
+LICENSE = License(
+    'agpl-3.0', 'LICENSE of the repository that the file is released in, and Ultralytics of all its models',
+    'https://github.com/ultralytics/ultralytics/blob/main/LICENSE',
+)
 
 
 def scale_width(chs: int, width: float, max_chs: Optional[int] = None) -> int:
@@ -195,39 +199,31 @@ NAMING = register_naming(Naming(
 ))
 
 
-def detector_cfg(source: str, url: str, ap: float, **kwargs: Any) -> Dict[str, Any]:
+def detector_cfg(url: str, ap: float, **kwargs: Any) -> Dict[str, Any]:
     """Config of a detector's backbone, trained on COCO: RGB in 0 to 1, letterboxed to 640 pixels.
 
     Args:
-        source: Who published the weights.
         url: Where the user gets the file.
         ap: Published AP of the detector on COCO val2017.
         **kwargs: Entries to replace.
 
     Returns:
-        The config, without a URL that timm would load.
+        The config, without a source that is downloaded from.
     """
     return default_cfg(**{
         'num_classes': 0, 'input_size': (3, 640, 640), 'pool_size': (20, 20), 'crop_pct': 1.0, 'crop_mode': 'border',
-        'interpolation': 'bilinear', 'mean': (0., 0., 0.), 'std': (1., 1., 1.), 'license': LICENSE, 'origin_url': url,
-        'info': dict(data='COCO', source=f'{source}, {url}', metrics=dict(ap=ap, size=640),
-                     metrics_source=f'{source}, table of released models, for the whole detector'),
+        'interpolation': 'bilinear', 'mean': (0., 0., 0.), 'std': (1., 1., 1.), 'license': LICENSE,
+        'sources': [by_hand(url)],
+        'info': dict(data='COCO', task=DETECTION, source='Ultralytics', metrics=dict(ap=ap, size=640),
+                     metrics_source='Ultralytics, table of released models, for the whole detector'),
         **kwargs,
     })
 
 
-def classifier_cfg(
-        source: str,
-        url: str,
-        top1: float,
-        top5: float,
-        imagenet_norm: bool,
-        **kwargs: Any,
-) -> Dict[str, Any]:
+def classifier_cfg(url: str, top1: float, top5: float, imagenet_norm: bool = False, **kwargs: Any) -> Dict[str, Any]:
     """Config of an ImageNet classifier.
 
     Args:
-        source: Who published the weights.
         url: Where the user gets the file.
         top1: Published top-1 accuracy in percent.
         top5: Published top-5 accuracy in percent.
@@ -235,13 +231,14 @@ def classifier_cfg(
         **kwargs: Entries to replace.
 
     Returns:
-        The config, without a URL that timm would load.
+        The config, without a source that is downloaded from.
     """
     return default_cfg(**{
-        'crop_pct': 1.0, 'interpolation': 'bilinear', 'license': LICENSE, 'origin_url': url,
+        'crop_pct': 1.0, 'interpolation': 'bilinear', 'license': LICENSE, 'sources': [by_hand(url)],
         'mean': IMAGENET_DEFAULT_MEAN if imagenet_norm else (0., 0., 0.),
         'std': IMAGENET_DEFAULT_STD if imagenet_norm else (1., 1., 1.),
-        'info': dict(data=IN1K, source=f'{source}, {url}', metrics=dict(top1=top1, top5=top5, size=224),
-                     metrics_source=f'{source}, table of released models'),
+        'info': dict(data=IN1K, task=CLASSIFICATION, source='Ultralytics',
+                     metrics=dict(top1=top1, top5=top5, size=224),
+                     metrics_source='Ultralytics, table of released models'),
         **kwargs,
     })

@@ -9,7 +9,7 @@ Paper: `CSPNet: A New Backbone that can Enhance Learning Capability of CNN`, htt
 import re
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 import torch.nn as nn
 from timm.layers import make_divisible
@@ -18,7 +18,8 @@ from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvNormAct
-from ._builder import IN1K, build_backbone, default_cfg, describe_weights, register_model
+from ._builder import IN1K, License, build_backbone, default_cfg, describe_weights, hub, register_model, web
+from ._weights import CLASSIFICATION, Source
 
 __all__ = ['cspnet_stage']
 
@@ -119,12 +120,28 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
         'input_size': (3, 256, 256), 'pool_size': (8, 8), 'crop_pct': 0.887, 'first_conv': 'stem.conv1.conv', **kwargs})
 
 
-def _timm_weights(timm_name: str, top1: float, top5: float, size: int, **kwargs: Any) -> Dict[str, Any]:
+_TIMM = License(
+    'apache-2.0', 'timm, of its own weights in timm/models/cspnet.py and on their card on the Hub',
+    'https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/cspnet.py',
+)
+_RELEASE = 'https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-tpu-weights'
+
+
+def _timm_weights(
+        timm_name: str,
+        top1: float,
+        top5: float,
+        size: int,
+        others: Sequence[Source] = (),
+        **kwargs: Any,
+) -> Dict[str, Any]:
     return _cfg(
-        hf_hub_id=f'timm/{timm_name}',
+        sources=[hub(f'timm/{timm_name}'), *others],
+        license=_TIMM,
         test_input_size=(3, size, size),
         info=dict(
             data=IN1K,
+            task=CLASSIFICATION,
             source=f'Ross Wightman, https://huggingface.co/timm/{timm_name}',
             metrics=dict(top1=top1, top5=top5, size=size),
             metrics_source='timm, results/results-imagenet.csv',
@@ -140,11 +157,14 @@ default_cfgs = describe_weights({
         'cs3darknet_focus_s.ra4_e3600_r256_in1k', 73.158, 91.458, 320,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), test_crop_pct=1.0),
     'cspnet_medium.c2ns_in1k': _timm_weights(
-        'cs3darknet_focus_m.c2ns_in1k', 77.286, 93.966, 288, test_crop_pct=0.95),
+        'cs3darknet_focus_m.c2ns_in1k', 77.286, 93.966, 288, [web(f'{_RELEASE}/cs3darknet_focus_m_c2ns-e23bed41.pth')],
+        test_crop_pct=0.95),
     'cspnet_large.c2ns_in1k': _timm_weights(
-        'cs3darknet_focus_l.c2ns_in1k', 80.894, 95.674, 288, test_crop_pct=0.95),
+        'cs3darknet_focus_l.c2ns_in1k', 80.894, 95.674, 288, [web(f'{_RELEASE}/cs3darknet_focus_l_c2ns-65ef8888.pth')],
+        test_crop_pct=0.95),
     'cspnet_xlarge.c2ns_in1k': _timm_weights(
-        'cs3darknet_x.c2ns_in1k', 82.234, 96.234, 288, crop_pct=0.95, test_crop_pct=1.0),
+        'cs3darknet_x.c2ns_in1k', 82.234, 96.234, 288, [web(f'{_RELEASE}/cs3darknet_x_c2ns-4e4490aa.pth')],
+        crop_pct=0.95, test_crop_pct=1.0),
 })
 
 

@@ -19,7 +19,9 @@ from ..blocks import DarkBlock
 from ..cross_stage import ComposedStage
 from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
 from ..naming import Naming, register_naming, rename_keys
-from ._builder import IN1K, build_backbone, default_cfg, describe_weights, register_model
+from ._builder import IN1K, License, build_backbone, default_cfg, describe_weights, register_model, web
+from ._openmmlab import MMDETECTION, MMPOSE
+from ._weights import CLASSIFICATION, DETECTION, KEYPOINTS, SEGMENTATION
 
 __all__ = []
 
@@ -113,17 +115,25 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 def _in1k(file: str, top1: float, top5: float) -> Dict[str, Any]:
-    url = f'{_DET}/cspnext_rsb_pretrain/{file}'
-    return _cfg(url=url, crop_pct=224 / 236, info=dict(
-        data=IN1K, source=f'OpenMMLab, {url}', metrics=dict(top1=top1, top5=top5, size=224),
-        metrics_source='MMDetection, configs/rtmdet'))
-
-
-def _detector(url: str, data: str = 'COCO', size: int = 640, **metrics: float) -> Dict[str, Any]:
     return _cfg(
-        url=url, num_classes=0, input_size=(3, size, size), pool_size=(size // 32, size // 32), crop_pct=1.0,
-        crop_mode='border', interpolation='bilinear',
-        info=dict(data=data, source=f'OpenMMLab, {url}', metrics=dict(metrics, size=size) if metrics else {},
+        sources=[web(f'{_DET}/cspnext_rsb_pretrain/{file}')],
+        license=MMDETECTION, crop_pct=224 / 236,
+        info=dict(data=IN1K, task=CLASSIFICATION, source='OpenMMLab', metrics=dict(top1=top1, top5=top5, size=224),
+                  metrics_source='MMDetection, configs/rtmdet'))
+
+
+def _detector(
+        url: str,
+        data: str = 'COCO',
+        task: str = DETECTION,
+        license: License = MMDETECTION,
+        size: int = 640,
+        **metrics: float,
+) -> Dict[str, Any]:
+    return _cfg(
+        sources=[web(url)], license=license, num_classes=0, input_size=(3, size, size),
+        pool_size=(size // 32, size // 32), crop_pct=1.0, crop_mode='border', interpolation='bilinear',
+        info=dict(data=data, task=task, source='OpenMMLab', metrics=dict(metrics, size=size) if metrics else {},
                   metrics_source='MMDetection, configs/rtmdet, for the whole detector' if metrics else ''),
     )
 
@@ -135,14 +145,14 @@ def _coco(size: str, stamp: str, ap: float) -> Dict[str, Any]:
 
 def _coco_ins(size: str, stamp: str, batch: str = '8xb32') -> Dict[str, Any]:
     name = f'rtmdet-ins_{size}_{batch}-300e_coco'
-    return _detector(f'{_DET}/{name}/{name}_{stamp}.pth', data='COCO, instance masks')
+    return _detector(f'{_DET}/{name}/{name}_{stamp}.pth', data='COCO, instance masks', task=SEGMENTATION)
 
 
 def _pose(file: str, data: str, size: Tuple[int, int] = (256, 192)) -> Dict[str, Any]:
-    url = f'{_POSE}/{file}.pth'
     return _cfg(
-        url=url, num_classes=0, input_size=(3, *size), pool_size=(size[0] // 32, size[1] // 32), crop_pct=1.0,
-        interpolation='bilinear', info=dict(data=data, source=f'OpenMMLab, {url}', metrics={}))
+        sources=[web(f'{_POSE}/{file}.pth')], license=MMPOSE, num_classes=0, input_size=(3, *size),
+        pool_size=(size[0] // 32, size[1] // 32), crop_pct=1.0, interpolation='bilinear',
+        info=dict(data=data, task=KEYPOINTS, source='OpenMMLab', metrics={}))
 
 
 _AIC = 'AI Challenger and COCO, human keypoints'
@@ -151,12 +161,17 @@ _BODY7 = 'seven data sets of human keypoints (Body7)'
 default_cfgs = describe_weights({
     'cspnet_rtmdet_nano.coco_obj365_person': _detector(
         f'{_POSE}/rtmpose/rtmdet_nano_8xb32-100e_coco-obj365-person-05d8511e.pth',
-        data='COCO and Objects365, persons', size=320),
-    'cspnet_rtmdet_tiny.rsb_a1_in1k': _in1k('cspnext-tiny_imagenet_600e-3a2dd350.pth', 69.44, 89.45),
-    'cspnet_rtmdet_s.rsb_a1_in1k': _in1k('cspnext-s_imagenet_600e-ea671761.pth', 74.41, 92.23),
-    'cspnet_rtmdet_m.rsb_a1_in1k': _in1k('cspnext-m_8xb256-rsb-a1-600e_in1k-ecb3bbd9.pth', 79.27, 94.79),
-    'cspnet_rtmdet_l.rsb_a1_in1k': _in1k('cspnext-l_8xb256-rsb-a1-600e_in1k-6a760974.pth', 81.30, 95.62),
-    'cspnet_rtmdet_x.rsb_a1_in1k': _in1k('cspnext-x_8xb256-rsb-a1-600e_in1k-b3f78edd.pth', 82.10, 95.69),
+        data='COCO and Objects365, persons', license=MMPOSE, size=320),
+    'cspnet_rtmdet_tiny.rsb_a1_in1k': _in1k(
+        'cspnext-tiny_imagenet_600e-3a2dd350.pth', 69.44, 89.45),
+    'cspnet_rtmdet_s.rsb_a1_in1k': _in1k(
+        'cspnext-s_imagenet_600e-ea671761.pth', 74.41, 92.23),
+    'cspnet_rtmdet_m.rsb_a1_in1k': _in1k(
+        'cspnext-m_8xb256-rsb-a1-600e_in1k-ecb3bbd9.pth', 79.27, 94.79),
+    'cspnet_rtmdet_l.rsb_a1_in1k': _in1k(
+        'cspnext-l_8xb256-rsb-a1-600e_in1k-6a760974.pth', 81.3, 95.62),
+    'cspnet_rtmdet_x.rsb_a1_in1k': _in1k(
+        'cspnext-x_8xb256-rsb-a1-600e_in1k-b3f78edd.pth', 82.1, 95.69),
     'cspnet_rtmdet_tiny.coco': _coco('tiny', '20220902_112414-78e30dcc', 41.1),
     'cspnet_rtmdet_s.coco': _coco('s', '20220905_161602-387a891e', 44.6),
     'cspnet_rtmdet_m.coco': _coco('m', '20220719_112220-229f527c', 49.4),
@@ -167,21 +182,36 @@ default_cfgs = describe_weights({
     'cspnet_rtmdet_m.coco_ins': _coco_ins('m', '20221123_001039-6eba602e'),
     'cspnet_rtmdet_l.coco_ins': _coco_ins('l', '20221124_103237-78d1d652'),
     'cspnet_rtmdet_x.coco_ins': _coco_ins('x', '20221124_111313-33d4595b', '8xb16'),
-    **{f'cspnet_rtmdet_{size}.udp_aic_coco': _pose(
-        f'rtmpose/cspnext-{size}_udp-aic-coco_210e-256x192-{digest}_20230130', _AIC)
-        for size, digest in dict(tiny='cbed682d', s='92f5a029', m='f2f7d6f6', l='273b7631').items()},
-    **{f'cspnet_rtmdet_{size}.udp_body7': _pose(
-        f'rtmposev1/cspnext-{size}_udp-body7_210e-256x192-{digest}_20230504', _BODY7)
-        for size, digest in dict(tiny='a3775292', s='8c9ccbdb', m='e0c9327b', l='5e9558ef').items()},
+    'cspnet_rtmdet_tiny.udp_aic_coco': _pose(
+        'rtmpose/cspnext-tiny_udp-aic-coco_210e-256x192-cbed682d_20230130', _AIC),
+    'cspnet_rtmdet_s.udp_aic_coco': _pose(
+        'rtmpose/cspnext-s_udp-aic-coco_210e-256x192-92f5a029_20230130', _AIC),
+    'cspnet_rtmdet_m.udp_aic_coco': _pose(
+        'rtmpose/cspnext-m_udp-aic-coco_210e-256x192-f2f7d6f6_20230130', _AIC),
+    'cspnet_rtmdet_l.udp_aic_coco': _pose(
+        'rtmpose/cspnext-l_udp-aic-coco_210e-256x192-273b7631_20230130', _AIC),
+    'cspnet_rtmdet_tiny.udp_body7': _pose(
+        'rtmposev1/cspnext-tiny_udp-body7_210e-256x192-a3775292_20230504', _BODY7),
+    'cspnet_rtmdet_s.udp_body7': _pose(
+        'rtmposev1/cspnext-s_udp-body7_210e-256x192-8c9ccbdb_20230504', _BODY7),
+    'cspnet_rtmdet_m.udp_body7': _pose(
+        'rtmposev1/cspnext-m_udp-body7_210e-256x192-e0c9327b_20230504', _BODY7),
+    'cspnet_rtmdet_l.udp_body7': _pose(
+        'rtmposev1/cspnext-l_udp-body7_210e-256x192-5e9558ef_20230504', _BODY7),
     'cspnet_rtmdet_m.udp_body7_384': _pose(
         'rtmposev1/cspnext-m_udp-body7_210e-384x288-b9bc2b57_20230504', _BODY7, (384, 288)),
     'cspnet_rtmdet_l.udp_body7_384': _pose(
         'rtmposev1/cspnext-l_udp-body7_210e-384x288-b15bc30d_20230504', _BODY7, (384, 288)),
     'cspnet_rtmdet_x.udp_body7_384': _pose(
         'rtmposev1/cspnext-x_udp-body7_210e-384x288-d28b58e6_20230529', _BODY7, (384, 288)),
-    **{f'cspnet_rtmdet_{size}.rtmpose_aic_coco': _pose(
-        f'rtmposev1/rtmpose-{size}_simcc-aic-coco_pt-aic-coco_420e-256x192-{digest}_20230126', _AIC)
-        for size, digest in dict(tiny='cfc8f33d', s='fcb2599b', m='63eb25f7', l='f016ffe0').items()},
+    'cspnet_rtmdet_tiny.rtmpose_aic_coco': _pose(
+        'rtmposev1/rtmpose-tiny_simcc-aic-coco_pt-aic-coco_420e-256x192-cfc8f33d_20230126', _AIC),
+    'cspnet_rtmdet_s.rtmpose_aic_coco': _pose(
+        'rtmposev1/rtmpose-s_simcc-aic-coco_pt-aic-coco_420e-256x192-fcb2599b_20230126', _AIC),
+    'cspnet_rtmdet_m.rtmpose_aic_coco': _pose(
+        'rtmposev1/rtmpose-m_simcc-aic-coco_pt-aic-coco_420e-256x192-63eb25f7_20230126', _AIC),
+    'cspnet_rtmdet_l.rtmpose_aic_coco': _pose(
+        'rtmposev1/rtmpose-l_simcc-aic-coco_pt-aic-coco_420e-256x192-f016ffe0_20230126', _AIC),
 })
 
 

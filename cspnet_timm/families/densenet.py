@@ -141,7 +141,12 @@ def _create(
     return build_backbone(variant, pretrained, BackboneCfg(levels=tuple(levels), act_layer=LEAKY), **kwargs)
 
 
-default_cfgs = describe_weights({f'{name}.untrained': default_cfg() for name in SIZES})
+default_cfgs = describe_weights({
+    'cspnet_densenet121.untrained': default_cfg(),
+    'cspnet_densenet169.untrained': default_cfg(),
+    'cspnet_densenet201.untrained': default_cfg(),
+    'cspnet_densenet264.untrained': default_cfg(),
+})
 
 
 @register_model

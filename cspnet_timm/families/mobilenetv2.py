@@ -16,7 +16,7 @@ from ..blocks import InvertedResidual
 from ..checkpoints import darknet
 from ..cross_stage import ComposedStage
 from ..layers import ConvNormAct
-from ._builder import describe_weights, register_model
+from ._builder import by_hand, describe_weights, register_model
 from ._darknet import build_darknet, darknet_cfg, drive
 
 __all__: List[str] = []
@@ -97,10 +97,12 @@ _cfg = partial(darknet_cfg, size=224, first_conv='stem.conv1.conv')
 
 default_cfgs = describe_weights({
     'cspnet_mobilenetv2.in1k': _cfg(
-        'https://github.com/WongKinYiu/CrossStagePartialNetworks/blob/master/weight/csmobilenet-v2_final.weights',
+        [by_hand(
+            'https://github.com/WongKinYiu/CrossStagePartialNetworks/blob/master/weight/csmobilenet-v2_final.weights',
+            filename='csmobilenet-v2_final.weights')],
         67.7, 88.3),
     'cspnet_plain_mobilenetv2.in1k': _cfg(
-        drive('1lW87XQtZIYKIqu8DHvJwBUupJBh4Zpdl'), 67.0, 87.7),
+        [drive('1lW87XQtZIYKIqu8DHvJwBUupJBh4Zpdl', 'mobilenet-v2_final.weights')], 67.0, 87.7),
 })
 
 

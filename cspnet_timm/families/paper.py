@@ -143,18 +143,30 @@ def _resnext(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
 _dark_cfg = partial(darknet_cfg, first_conv='stem.conv1.conv')
 
 default_cfgs = describe_weights({
-    'cspnet_resnet50.in1k': darknet_cfg(drive('1pNU6DctLlf3mnJI-opZL6kCx_hSNsEKj'), 76.6, 93.3),
-    'cspnet_resnet50.gamma_in1k': darknet_cfg(drive('1odn6LJBCEhu7f3i5O67f6deXefM3GAav'), 77.1, 94.1),
-    'cspnet_resnet50_mish.omega_in1k': darknet_cfg(drive('1KXl3wD0MSGMOM-PxoZ8fxTw77mO68VMS'), 78.1, 94.2),
-    'cspnet_resnet50_elastic.in1k': darknet_cfg(drive('1IOc96Y-qH-n5hkJ7mEynP5U_aKyE8oke'), 76.8, 93.5),
-    'cspnet_resnext50.in1k': darknet_cfg(drive('1IxKu5lAYCo4UpzAl5pOBIDAvC843vjn1'), 77.9, 94.0),
-    'cspnet_resnext50.gamma_in1k': darknet_cfg(drive('1pm_zwf4e0kuShiRz9AW2GJV22Jjc1xjW'), 78.5, 94.8),
-    'cspnet_resnext50_mish.omega_in1k': darknet_cfg(drive('1yb-ZkmzBhO5_wNv-MyQy01jWo_uizLVY'), 79.8, 95.2),
-    'cspnet_resnext50_elastic.in1k': darknet_cfg(drive('134irBbpEnfPGE7NzorRqjukCt59GxeQ2'), 77.2, 93.8),
-    'cspnet_darknet53.in1k': _dark_cfg(drive('1dZJIxngmFpQJvsa6y7XADfSxkXCjJTzp'), 77.2, 93.6),
-    'cspnet_darknet53.gamma_in1k': _dark_cfg(drive('1AaOqYpoyZWRre3i64VU6zOMGomek64Qa'), 77.8, 94.4),
-    'cspnet_darknet53_mish.omega_in1k': _dark_cfg(drive('1TfEaUO69MhkHJSDUf5Gc2ENK1BA8Qu1B'), 78.7, 94.8),
-    'cspnet_darknet53_elastic.in1k': _dark_cfg(drive('1XlHOBSvLHj1iCCBTgbwauekN_Kf6N-Qa'), 76.1, 93.3),
+    'cspnet_resnet50.in1k': darknet_cfg(
+        [drive('1pNU6DctLlf3mnJI-opZL6kCx_hSNsEKj', 'csresnet50_final.weights')], 76.6, 93.3),
+    'cspnet_resnet50.gamma_in1k': darknet_cfg(
+        [drive('1odn6LJBCEhu7f3i5O67f6deXefM3GAav', 'csresnet50-gamma_final.weights')], 77.1, 94.1),
+    'cspnet_resnet50_mish.omega_in1k': darknet_cfg(
+        [drive('1KXl3wD0MSGMOM-PxoZ8fxTw77mO68VMS', 'csresnet50-omega_final.weights')], 78.1, 94.2),
+    'cspnet_resnet50_elastic.in1k': darknet_cfg(
+        [drive('1IOc96Y-qH-n5hkJ7mEynP5U_aKyE8oke', 'csresnet50-elastic_final.weights')], 76.8, 93.5),
+    'cspnet_resnext50.in1k': darknet_cfg(
+        [drive('1IxKu5lAYCo4UpzAl5pOBIDAvC843vjn1', 'csresnext50_final.weights')], 77.9, 94.0),
+    'cspnet_resnext50.gamma_in1k': darknet_cfg(
+        [drive('1pm_zwf4e0kuShiRz9AW2GJV22Jjc1xjW', 'csresnext50-gamma_final.weights')], 78.5, 94.8),
+    'cspnet_resnext50_mish.omega_in1k': darknet_cfg(
+        [drive('1yb-ZkmzBhO5_wNv-MyQy01jWo_uizLVY', 'csresnext50-omega_final.weights')], 79.8, 95.2),
+    'cspnet_resnext50_elastic.in1k': darknet_cfg(
+        [drive('134irBbpEnfPGE7NzorRqjukCt59GxeQ2', 'csresnext50-elastic_final.weights')], 77.2, 93.8),
+    'cspnet_darknet53.in1k': _dark_cfg(
+        [drive('1dZJIxngmFpQJvsa6y7XADfSxkXCjJTzp', 'csdarknet53_final.weights')], 77.2, 93.6),
+    'cspnet_darknet53.gamma_in1k': _dark_cfg(
+        [drive('1AaOqYpoyZWRre3i64VU6zOMGomek64Qa', 'csdarknet53-gamma_final.weights')], 77.8, 94.4),
+    'cspnet_darknet53_mish.omega_in1k': _dark_cfg(
+        [drive('1TfEaUO69MhkHJSDUf5Gc2ENK1BA8Qu1B', 'csdarknet53-omega_final.weights')], 78.7, 94.8),
+    'cspnet_darknet53_elastic.in1k': _dark_cfg(
+        [drive('1XlHOBSvLHj1iCCBTgbwauekN_Kf6N-Qa', 'csdarknet53-elastic_final.weights')], 76.1, 93.3),
 })
 
 

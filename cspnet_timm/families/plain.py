@@ -18,7 +18,7 @@ from ..backbone import CspBackbone, Level, LevelArgs
 from ..blocks import BottleneckBlock, DarkBlock
 from ..checkpoints import darknet
 from ..layers import ConvNormAct
-from ._builder import describe_weights, register_model
+from ._builder import describe_weights, register_model, web
 from ._darknet import PJREDDIE, build_darknet, darknet_cfg
 
 __all__: List[str] = []
@@ -83,7 +83,9 @@ def _dark_levels() -> Tuple[Level, ...]:
 
 def _cfg(name: str, top1: float, top5: float, **kwargs: Any) -> Any:
     return darknet_cfg(
-        f'https://pjreddie.com/media/files/{name}.weights', top1, top5, author=PJREDDIE,
+        [web(f'https://data.pjreddie.com/files/{name}.weights'),  # where the address below redirects to since 2025
+         web(f'https://pjreddie.com/media/files/{name}.weights')],
+        top1, top5, license=PJREDDIE, source='Joseph Redmon, https://pjreddie.com/darknet/imagenet',
         paper_ids=None, paper_name=None, **kwargs,
     )
 

@@ -20,7 +20,8 @@ from ..blocks import DarkBlock
 from ..cross_stage import ComposedStage
 from ..layers import ConvNormAct, RepConv
 from ..naming import Naming, register_naming, rename_keys, roll_channels
-from ._builder import IN1K, build_backbone, default_cfg, describe_weights, register_model
+from ._builder import IN1K, License, build_backbone, default_cfg, describe_weights, register_model, web
+from ._weights import CLASSIFICATION, DETECTION
 
 __all__ = []
 
@@ -113,19 +114,25 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
 _MODELS = 'https://paddledet.bj.bcebos.com/models'
 
 
-def _cfg(url: str, data: str, **kwargs: Any) -> Dict[str, Any]:
+_PADDLE = License(
+    'apache-2.0', 'LICENSE of PaddlePaddle/PaddleDetection; none is stated for the file (asked in its issue 9500)',
+    'https://github.com/PaddlePaddle/PaddleDetection/blob/develop/LICENSE',
+)
+
+
+def _cfg(url: str, data: str, task: str = DETECTION, **kwargs: Any) -> Dict[str, Any]:
     metrics = kwargs.pop('metrics', {})
     return default_cfg(
-        url=url, num_classes=0, first_conv='stem.conv1.conv', paper_ids='arXiv:2203.16250',
+        sources=[web(url)], license=_PADDLE, num_classes=0, first_conv='stem.conv1.conv', paper_ids='arXiv:2203.16250',
         paper_name='PP-YOLOE: An evolved version of YOLO',
-        info=dict(data=data, source=f'PaddleDetection, {url}', metrics=metrics, metrics_source=(
+        info=dict(data=data, task=task, source='PaddleDetection', metrics=metrics, metrics_source=(
             'PaddleDetection, configs/ppyoloe, for the whole detector' if metrics else '')),
         **kwargs,
     )
 
 
 def _in1k(size: str) -> Dict[str, Any]:
-    return _cfg(f'{_MODELS}/pretrained/CSPResNetb_{size}_pretrained.pdparams', IN1K)
+    return _cfg(f'{_MODELS}/pretrained/CSPResNetb_{size}_pretrained.pdparams', IN1K, task=CLASSIFICATION)
 
 
 def _detector(url: str, data: str, plus: bool, metrics: Dict[str, float]) -> Dict[str, Any]:
@@ -143,17 +150,26 @@ def _obj365(size: str, ap50: float) -> Dict[str, Any]:
     return _detector(url, 'Objects365', True, dict(ap50=ap50, size=640))
 
 
-_AP, _AP_PLUS = dict(s=43.0, m=49.0, l=51.4, x=52.3), dict(s=43.7, m=49.8, l=52.9, x=54.7)
-
 default_cfgs = describe_weights({
-    **{f'cspnet_ppyoloe_{size}.in1k': _in1k(size) for size in SIZES},
-    **{f'cspnet_ppyoloe_{size}.coco': _coco(f'ppyoloe_crn_{size}_300e_coco', ap, False) for size, ap in _AP.items()},
+    'cspnet_ppyoloe_t.in1k': _in1k('t'),
+    'cspnet_ppyoloe_s.in1k': _in1k('s'),
+    'cspnet_ppyoloe_m.in1k': _in1k('m'),
+    'cspnet_ppyoloe_l.in1k': _in1k('l'),
+    'cspnet_ppyoloe_x.in1k': _in1k('x'),
+    'cspnet_ppyoloe_s.coco': _coco('ppyoloe_crn_s_300e_coco', 43.0, False),
+    'cspnet_ppyoloe_m.coco': _coco('ppyoloe_crn_m_300e_coco', 49.0, False),
+    'cspnet_ppyoloe_l.coco': _coco('ppyoloe_crn_l_300e_coco', 51.4, False),
+    'cspnet_ppyoloe_x.coco': _coco('ppyoloe_crn_x_300e_coco', 52.3, False),
     'cspnet_ppyoloe_s.coco_400e': _coco('ppyoloe_crn_s_400e_coco', 43.4, False),
-    **{f'cspnet_ppyoloe_plus_{size}.obj365': _obj365(size, ap50)
-       for size, ap50 in dict(s=18.1, m=25.0, l=30.8, x=32.7).items()},
+    'cspnet_ppyoloe_plus_s.obj365': _obj365('s', 18.1),
+    'cspnet_ppyoloe_plus_m.obj365': _obj365('m', 25.0),
+    'cspnet_ppyoloe_plus_l.obj365': _obj365('l', 30.8),
+    'cspnet_ppyoloe_plus_x.obj365': _obj365('x', 32.7),
     'cspnet_ppyoloe_plus_t.coco': _coco('ppyoloe_plus_crn_t_auxhead_300e_coco', 39.9, True),
-    **{f'cspnet_ppyoloe_plus_{size}.coco': _coco(f'ppyoloe_plus_crn_{size}_80e_coco', ap, True)
-       for size, ap in _AP_PLUS.items()},
+    'cspnet_ppyoloe_plus_s.coco': _coco('ppyoloe_plus_crn_s_80e_coco', 43.7, True),
+    'cspnet_ppyoloe_plus_m.coco': _coco('ppyoloe_plus_crn_m_80e_coco', 49.8, True),
+    'cspnet_ppyoloe_plus_l.coco': _coco('ppyoloe_plus_crn_l_80e_coco', 52.9, True),
+    'cspnet_ppyoloe_plus_x.coco': _coco('ppyoloe_plus_crn_x_80e_coco', 54.7, True),
     'cspnet_ppyoloe_plus_m.coco_distill': _coco('ppyoloe_plus_crn_m_80e_coco_distill', 51.0, True),
     'cspnet_ppyoloe_plus_l.coco_distill': _coco('ppyoloe_plus_crn_l_80e_coco_distill', 54.0, True),
 })

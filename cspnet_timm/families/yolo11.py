@@ -30,13 +30,6 @@ SIZES = {  # width, repeats, widest channels before scaling, cross stages as blo
     'l': (1., 2, 512, True),
     'x': (1.5, 2, 512, True),
 }
-ACCURACY = {  # AP of the detector, top-1 and top-5 of the classifier
-    'n': (39.5, 70.0, 89.4),
-    's': (47.0, 75.4, 92.7),
-    'm': (51.5, 77.3, 93.9),
-    'l': (53.4, 78.3, 94.3),
-    'x': (54.7, 79.5, 94.9),
-}
 LEVELS = (  # channels behind the downsampling and behind the level, those of a branch as a fraction of the latter
     (128, 256, 0.25),
     (256, 512, 0.25),
@@ -122,14 +115,19 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     return build_backbone(variant, pretrained, yolo11_cfg(name, classifier=bool(form)), **kwargs)
 
 
-_URL = 'https://github.com/ultralytics/assets/releases/download/v8.3.0/yolo11'
+_URL = 'https://github.com/ultralytics/assets/releases/download/v8.3.0'
 
 default_cfgs = describe_weights({
-    **{f'cspnet_yolo11{name}.coco': detector_cfg('Ultralytics', f'{_URL}{name}.pt', ap)
-       for name, (ap, _, _) in ACCURACY.items()},
-    **{f'cspnet_yolo11{name}_cls.in1k': classifier_cfg(
-        'Ultralytics', f'{_URL}{name}-cls.pt', top1, top5, imagenet_norm=False)
-       for name, (_, top1, top5) in ACCURACY.items()},
+    'cspnet_yolo11n.coco': detector_cfg(f'{_URL}/yolo11n.pt', 39.5),
+    'cspnet_yolo11s.coco': detector_cfg(f'{_URL}/yolo11s.pt', 47.0),
+    'cspnet_yolo11m.coco': detector_cfg(f'{_URL}/yolo11m.pt', 51.5),
+    'cspnet_yolo11l.coco': detector_cfg(f'{_URL}/yolo11l.pt', 53.4),
+    'cspnet_yolo11x.coco': detector_cfg(f'{_URL}/yolo11x.pt', 54.7),
+    'cspnet_yolo11n_cls.in1k': classifier_cfg(f'{_URL}/yolo11n-cls.pt', 70.0, 89.4),
+    'cspnet_yolo11s_cls.in1k': classifier_cfg(f'{_URL}/yolo11s-cls.pt', 75.4, 92.7),
+    'cspnet_yolo11m_cls.in1k': classifier_cfg(f'{_URL}/yolo11m-cls.pt', 77.3, 93.9),
+    'cspnet_yolo11l_cls.in1k': classifier_cfg(f'{_URL}/yolo11l-cls.pt', 78.3, 94.3),
+    'cspnet_yolo11x_cls.in1k': classifier_cfg(f'{_URL}/yolo11x-cls.pt', 79.5, 94.9),
 })
 
 

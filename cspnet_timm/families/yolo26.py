@@ -14,14 +14,6 @@ from .yolo11 import yolo11_cfg
 
 __all__ = []
 
-ACCURACY = {  # AP of the detector, top-1 and top-5 of the classifier
-    'n': (40.9, 71.4, 90.1),
-    's': (48.6, 76.0, 92.9),
-    'm': (53.1, 78.1, 94.2),
-    'l': (55.0, 79.0, 94.6),
-    'x': (57.5, 79.9, 95.0),
-}
-
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     name, _, form = variant.removeprefix('cspnet_yolo26').partition('_')
@@ -29,14 +21,19 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
-_URL = 'https://github.com/ultralytics/assets/releases/download/v8.4.0/yolo26'
+_URL = 'https://github.com/ultralytics/assets/releases/download/v8.4.0'
 
 default_cfgs = describe_weights({
-    **{f'cspnet_yolo26{name}.coco': detector_cfg('Ultralytics', f'{_URL}{name}.pt', ap)
-       for name, (ap, _, _) in ACCURACY.items()},
-    **{f'cspnet_yolo26{name}_cls.in1k': classifier_cfg(
-        'Ultralytics', f'{_URL}{name}-cls.pt', top1, top5, imagenet_norm=False)
-       for name, (_, top1, top5) in ACCURACY.items()},
+    'cspnet_yolo26n.coco': detector_cfg(f'{_URL}/yolo26n.pt', 40.9),
+    'cspnet_yolo26s.coco': detector_cfg(f'{_URL}/yolo26s.pt', 48.6),
+    'cspnet_yolo26m.coco': detector_cfg(f'{_URL}/yolo26m.pt', 53.1),
+    'cspnet_yolo26l.coco': detector_cfg(f'{_URL}/yolo26l.pt', 55.0),
+    'cspnet_yolo26x.coco': detector_cfg(f'{_URL}/yolo26x.pt', 57.5),
+    'cspnet_yolo26n_cls.in1k': classifier_cfg(f'{_URL}/yolo26n-cls.pt', 71.4, 90.1),
+    'cspnet_yolo26s_cls.in1k': classifier_cfg(f'{_URL}/yolo26s-cls.pt', 76.0, 92.9),
+    'cspnet_yolo26m_cls.in1k': classifier_cfg(f'{_URL}/yolo26m-cls.pt', 78.1, 94.2),
+    'cspnet_yolo26l_cls.in1k': classifier_cfg(f'{_URL}/yolo26l-cls.pt', 79.0, 94.6),
+    'cspnet_yolo26x_cls.in1k': classifier_cfg(f'{_URL}/yolo26x-cls.pt', 79.9, 95.0),
 })
 
 

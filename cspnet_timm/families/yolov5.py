@@ -19,12 +19,12 @@ from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_level
 
 __all__ = []
 
-SIZES = {  # width, depth, AP of the detector, top-1 and top-5 of the classifier
-    'n': (0.25, 0.33, 28.0, 64.6, 85.4),
-    's': (0.5, 0.33, 37.4, 71.5, 90.2),
-    'm': (0.75, 0.67, 45.4, 75.9, 92.9),
-    'l': (1., 1., 49.0, 78.0, 94.0),
-    'x': (1.25, 1.33, 50.7, 79.0, 94.4),
+SIZES = {  # width, depth
+    'n': (0.25, 0.33),
+    's': (0.5, 0.33),
+    'm': (0.75, 0.67),
+    'l': (1., 1.),
+    'x': (1.25, 1.33),
 }
 
 
@@ -39,7 +39,7 @@ def _cross_stage(chs: int, args: LevelArgs, depth: int) -> nn.Module:
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     name, _, form = variant.removeprefix('cspnet_yolov5').partition('_')
-    width, depth = SIZES[name][:2]
+    width, depth = SIZES[name]
     widths = [scale_width(c, width) for c in (64, 128, 256, 512, 1024)]
     depths = [max(round(n * depth), 1) for n in (3, 6, 9, 3)]
     cfg = BackboneCfg(
@@ -48,14 +48,19 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
-_URL = 'https://github.com/ultralytics/yolov5/releases/download/v7.0/yolov5'
+_URL = 'https://github.com/ultralytics/yolov5/releases/download/v7.0'
 
 default_cfgs = describe_weights({
-    **{f'cspnet_yolov5{name}.coco': detector_cfg('Ultralytics', f'{_URL}{name}.pt', ap)
-       for name, (_, _, ap, _, _) in SIZES.items()},
-    **{f'cspnet_yolov5{name}_cls.in1k': classifier_cfg(
-        'Ultralytics', f'{_URL}{name}-cls.pt', top1, top5, imagenet_norm=True)
-       for name, (_, _, _, top1, top5) in SIZES.items()},
+    'cspnet_yolov5n.coco': detector_cfg(f'{_URL}/yolov5n.pt', 28.0),
+    'cspnet_yolov5s.coco': detector_cfg(f'{_URL}/yolov5s.pt', 37.4),
+    'cspnet_yolov5m.coco': detector_cfg(f'{_URL}/yolov5m.pt', 45.4),
+    'cspnet_yolov5l.coco': detector_cfg(f'{_URL}/yolov5l.pt', 49.0),
+    'cspnet_yolov5x.coco': detector_cfg(f'{_URL}/yolov5x.pt', 50.7),
+    'cspnet_yolov5n_cls.in1k': classifier_cfg(f'{_URL}/yolov5n-cls.pt', 64.6, 85.4, imagenet_norm=True),
+    'cspnet_yolov5s_cls.in1k': classifier_cfg(f'{_URL}/yolov5s-cls.pt', 71.5, 90.2, imagenet_norm=True),
+    'cspnet_yolov5m_cls.in1k': classifier_cfg(f'{_URL}/yolov5m-cls.pt', 75.9, 92.9, imagenet_norm=True),
+    'cspnet_yolov5l_cls.in1k': classifier_cfg(f'{_URL}/yolov5l-cls.pt', 78.0, 94.0, imagenet_norm=True),
+    'cspnet_yolov5x_cls.in1k': classifier_cfg(f'{_URL}/yolov5x-cls.pt', 79.0, 94.4, imagenet_norm=True),
 })
 
 

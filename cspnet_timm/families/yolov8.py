@@ -19,12 +19,12 @@ from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_level
 
 __all__ = []
 
-SIZES = {  # width, depth, widest channels of the detector before scaling, its AP, top-1 and top-5 of the classifier
-    'n': (0.25, 0.33, 1024, 37.3, 69.0, 88.3),
-    's': (0.5, 0.33, 1024, 44.9, 73.8, 91.7),
-    'm': (0.75, 0.67, 768, 50.2, 76.8, 93.5),
-    'l': (1., 1., 512, 52.9, 78.3, 94.2),
-    'x': (1.25, 1., 512, 53.9, 79.0, 94.6),
+SIZES = {  # width, depth, widest channels of a detector before scaling
+    'n': (0.25, 0.33, 1024),
+    's': (0.5, 0.33, 1024),
+    'm': (0.75, 0.67, 768),
+    'l': (1., 1., 512),
+    'x': (1.25, 1., 512),
 }
 
 
@@ -42,7 +42,7 @@ def _cross_stage(chs: int, args: LevelArgs, depth: int) -> nn.Module:
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     name, _, form = variant.removeprefix('cspnet_yolov8').partition('_')
-    width, depth, max_chs = SIZES[name][:3]
+    width, depth, max_chs = SIZES[name]
     widths = [scale_width(c, width, 1024 if form else max_chs) for c in (64, 128, 256, 512, 1024)]
     depths = [max(round(n * depth), 1) for n in (3, 6, 6, 3)]
     bn_eps, bn_momentum = (1e-5, 0.1) if form else (1e-3, 0.03)
@@ -52,14 +52,19 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
-_URL = 'https://github.com/ultralytics/assets/releases/download/v8.2.0/yolov8'
+_URL = 'https://github.com/ultralytics/assets/releases/download/v8.2.0'
 
 default_cfgs = describe_weights({
-    **{f'cspnet_yolov8{name}.coco': detector_cfg('Ultralytics', f'{_URL}{name}.pt', ap)
-       for name, (_, _, _, ap, _, _) in SIZES.items()},
-    **{f'cspnet_yolov8{name}_cls.in1k': classifier_cfg(
-        'Ultralytics', f'{_URL}{name}-cls.pt', top1, top5, imagenet_norm=False)
-       for name, (_, _, _, _, top1, top5) in SIZES.items()},
+    'cspnet_yolov8n.coco': detector_cfg(f'{_URL}/yolov8n.pt', 37.3),
+    'cspnet_yolov8s.coco': detector_cfg(f'{_URL}/yolov8s.pt', 44.9),
+    'cspnet_yolov8m.coco': detector_cfg(f'{_URL}/yolov8m.pt', 50.2),
+    'cspnet_yolov8l.coco': detector_cfg(f'{_URL}/yolov8l.pt', 52.9),
+    'cspnet_yolov8x.coco': detector_cfg(f'{_URL}/yolov8x.pt', 53.9),
+    'cspnet_yolov8n_cls.in1k': classifier_cfg(f'{_URL}/yolov8n-cls.pt', 69.0, 88.3),
+    'cspnet_yolov8s_cls.in1k': classifier_cfg(f'{_URL}/yolov8s-cls.pt', 73.8, 91.7),
+    'cspnet_yolov8m_cls.in1k': classifier_cfg(f'{_URL}/yolov8m-cls.pt', 76.8, 93.5),
+    'cspnet_yolov8l_cls.in1k': classifier_cfg(f'{_URL}/yolov8l-cls.pt', 78.3, 94.2),
+    'cspnet_yolov8x_cls.in1k': classifier_cfg(f'{_URL}/yolov8x-cls.pt', 79.0, 94.6),
 })
 
 

@@ -19,7 +19,9 @@ from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
 from ..naming import Naming, register_naming, rename_keys
-from ._builder import build_backbone, default_cfg, describe_weights, register_model
+from ._builder import License, build_backbone, default_cfg, describe_weights, register_model, web
+from ._openmmlab import MMDETECTION
+from ._weights import DETECTION
 
 __all__ = ['focus_to_conv']
 
@@ -105,25 +107,42 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
-def _cfg(url: str, source: str, metrics_source: str, ap: float, size: int = 640) -> Dict[str, Any]:
+_MEGVII = License(
+    'apache-2.0', 'LICENSE of Megvii-BaseDetection/YOLOX; none is stated for the file (asked in its issue 1865)',
+    'https://github.com/Megvii-BaseDetection/YOLOX/blob/main/LICENSE',
+)
+
+
+def _cfg(
+        url: str,
+        source: str,
+        license: License,
+        metrics_source: str = '',
+        data: str = 'COCO',
+        task: str = DETECTION,
+        size: int = 640,
+        **metrics: float,
+) -> Dict[str, Any]:
     return default_cfg(
-        url=url, num_classes=0, input_size=(3, size, size), pool_size=(size // 32, size // 32), crop_pct=1.0,
-        crop_mode='border', interpolation='bilinear', mean=(0., 0., 0.), std=(1 / 255, 1 / 255, 1 / 255),
+        sources=[web(url)], license=license, num_classes=0, input_size=(3, size, size),
+        pool_size=(size // 32, size // 32), crop_pct=1.0, crop_mode='border', interpolation='bilinear',
+        mean=(0., 0., 0.), std=(1 / 255, 1 / 255, 1 / 255),
         paper_ids='arXiv:2107.08430', paper_name='YOLOX: Exceeding YOLO Series in 2021',
-        info=dict(data='COCO', source=f'{source}, {url}', metrics=dict(ap=ap, size=size),
-                  metrics_source=f'{metrics_source}, for the whole detector'),
+        info=dict(data=data, task=task, source=source, metrics=dict(metrics, size=size) if metrics else {},
+                  metrics_source=metrics_source if metrics else ''),
     )
 
 
 def _megvii(name: str, ap: float, size: int = 640) -> Dict[str, Any]:
     url = f'https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0/yolox_{name}.pth'
-    return _cfg(url, 'Megvii', 'YOLOX, README', ap, size)
+    return _cfg(url, 'Megvii', _MEGVII, 'YOLOX, README, for the whole detector', size=size, ap=ap)
 
 
 def _mmdet(name: str, stamp: str, ap: float, size: int = 640) -> Dict[str, Any]:
     name = f'yolox_{name}_8x8_300e_coco'
     url = f'https://download.openmmlab.com/mmdetection/v2.0/yolox/{name}/{name}_{stamp}.pth'
-    return _cfg(url, 'OpenMMLab', 'MMDetection, configs/yolox', ap, size)
+    return _cfg(
+        url, 'OpenMMLab', MMDETECTION, 'MMDetection, configs/yolox, for the whole detector', size=size, ap=ap)
 
 
 default_cfgs = describe_weights({
