@@ -1,5 +1,6 @@
 import gc
 import os
+import re
 
 # Before torch is imported: there is a test process per core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -11,24 +12,20 @@ import torch
 # Exporters and compilers allocate so many small objects that Python would otherwise look for garbage most of the time.
 gc.set_threshold(50_000, 20, 20)
 
+# Why a test may be skipped where CI is set: what a machine lacks, and no pip install brings.
+ALLOWED_SKIPS = (
+    r'there is no GPU',
+    r'this processor has no int8 arithmetic',
+    r'(native: )?The native engine needs a CPU with AVX-512 and VNNI, and this one lacks .*',
+)
+
 
 def pytest_addoption(parser):
     parser.addoption(
         '--all-models', action='store_true',
         help='run the expensive checks on every model, not only on the smallest one of each structure')
-
-# Files with tests that take long, each of which would leave the other processes idle if it were the last.
-LONG = ('test_examples.py', 'test_timm_suite.py', 'test_speed.py', 'test_readme.py', 'test_distributed.py')
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-
-
-def pytest_collection_finish(session):
-    gc.collect()
-    gc.freeze()  # what has been imported stays: no search for garbage needs to go through it
+    parser.addoption(
+        '--cpu', type=int, default=0, metavar='N', help='name the N tests and files that took most CPU seconds')
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +46,76 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize('any_model', ALL)
     if 'model_name' in metafunc.fixturenames:
         metafunc.parametrize('model_name', ALL if metafunc.config.getoption('--all-models') else representatives())
+
+
+# Order: what takes long comes first, or it would leave the other processes idle at the end.
+
+LONG = ('test_examples.py', 'test_timm_suite.py', 'test_speed.py', 'test_readme.py', 'test_distributed.py')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # what has been imported stays: no search for garbage needs to go through it
+
+
+# No silent skips: in continuous integration a test that was not run has failed.
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    return fail_if_not_allowed(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    return fail_if_not_allowed(report)
+
+
+def fail_if_not_allowed(report):
+    if report.skipped and not hasattr(report, 'wasxfail') and os.environ.get('CI', '').lower() in ('1', 'true'):
+        reason = report.longrepr[2].removeprefix('Skipped: ') if isinstance(report.longrepr, tuple) else ''
+        if not any(re.fullmatch(allowed, reason) for allowed in ALLOWED_SKIPS):
+            report.outcome = 'failed'
+            report.longrepr = f'Skipped, and CI is set: {reason}\nWhat may be skipped stands in tests/conftest.py.'
+    return report
+
+
+# CPU seconds, which other programs hardly change, of a test and of the processes that it started.
+
+STARTED = pytest.StashKey()
+
+
+def _cpu_seconds():
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    item.stash[STARTED] = _cpu_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    item.user_properties.append(('cpu', _cpu_seconds() - item.stash[STARTED]))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    reports = [r for stats in terminalreporter.stats.values() for r in stats if isinstance(r, pytest.TestReport)]
+    tests = {r.nodeid: dict(r.user_properties)['cpu'] for r in reports if r.when == 'teardown'}
+    if not tests or not config.getoption('--cpu'):
+        return
+    files = {}
+    for name, seconds in tests.items():
+        file = name.partition('::')[0]
+        files[file] = files.get(file, 0) + seconds
+    terminalreporter.section(f'{sum(tests.values()):.0f} CPU seconds in {len(tests)} tests')
+    for times in (tests, files):
+        for name, seconds in sorted(times.items(), key=lambda item: -item[1])[:config.getoption('--cpu')]:
+            terminalreporter.write_line(f'{seconds:8.2f}  {name}')
