@@ -38,9 +38,9 @@ from timm.models import reparameterize_model
 
 import cspnet_timm
 from cspnet_timm import deploy
-from cspnet_timm.deployment.api import TupleOutputs
 from cspnet_timm.deployment.backends import BACKENDS, TORCH_TYPES, Arrangement, Runner
 from cspnet_timm.deployment.machine import describe, interleave, native_precisions
+from cspnet_timm.deployment.search import TupleOutputs
 
 # The same network: this package's, and timm's.
 PAIRS = {

@@ -15,7 +15,7 @@ import torch.nn as nn
 from timm.models import reparameterize_model
 
 from cspnet_timm import deploy
-from cspnet_timm.deployment import Deployed, DeployError, api
+from cspnet_timm.deployment import Deployed, DeployError, search
 from cspnet_timm.deployment.backends import BACKENDS, Arrangement
 from cspnet_timm.deployment.forms import FORMS, JointPartition, SumMerge, join_partitions, regroup, split_merges
 from cspnet_timm.deployment.machine import interleave, native_precisions
@@ -177,7 +177,7 @@ def test_features(backend):
 def test_every_structure(model_name, create_short, monkeypatch):
     """Logits of every structure, in the precision that is chosen by default."""
     needs('openvino')
-    monkeypatch.setattr(api, 'FORMS', {})  # test_forms has them
+    monkeypatch.setattr(search, 'FORMS', {})  # test_forms has them
     model = create_short(model_name)
     deployed = quick(model, image(1), backend='openvino')  # of one image there is one arrangement
     x = image()
@@ -211,7 +211,7 @@ def test_the_fastest_is_chosen(capsys):
     report = deployed.report
     measured = [c for c in report.candidates if 'milliseconds' in c]
     assert {c['backend'] for c in measured} == set(names)
-    if BACKENDS[report.backend].searches:  # its other forms were tried
+    if BACKENDS[report.backend].forms(CPU):  # its other forms were tried
         assert {form for c in measured for form in c['forms']} >= {'join_partitions', 'split_merges'}
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == len(report.candidates) + 1 and all(line.startswith('deploy: ') for line in printed)
@@ -231,8 +231,8 @@ def test_what_came_close_is_measured_once_more(monkeypatch):
         asked.append(len(calls))
         return next(turns)
 
-    monkeypatch.setattr(api, 'interleave', interleave)
-    monkeypatch.setattr(api, 'FORMS', {})
+    monkeypatch.setattr(search, 'interleave', interleave)
+    monkeypatch.setattr(search, 'FORMS', {})
     arrangements = [Arrangement(1, 4), Arrangement(2, 2), Arrangement(2, 1), Arrangement(1, 2), Arrangement(4, 1)]
     monkeypatch.setattr(BACKENDS['openvino'], 'arrangements', lambda self, batch, threads: arrangements)
     report = quick(create('cspnet_nano'), image(4), backend='openvino', precision='float32').report
@@ -242,8 +242,8 @@ def test_what_came_close_is_measured_once_more(monkeypatch):
 
 def test_forms_that_are_faster_are_put_upon_one_another(monkeypatch):
     needs('openvino')
-    monkeypatch.setattr(api, 'GAIN', 1e6)  # each is taken
-    monkeypatch.setattr(api, 'CLOSE', 0)  # for good
+    monkeypatch.setattr(search, 'GAIN', 1e6)  # each is taken
+    monkeypatch.setattr(search, 'CLOSE', 0)  # for good
     report = quick(create('cspnet_nano'), image(), backend='openvino', precision='float32').report
     assert report.forms == ['join_partitions', 'split_merges']
 
@@ -281,10 +281,10 @@ def test_the_page(number, tmp_path, monkeypatch):
         pytest.skip('this processor has no int8 arithmetic')
     monkeypatch.chdir(tmp_path)
     # What is chosen does not matter here: little is measured, and no other forms nor the slowest backend are tried.
-    monkeypatch.setattr(api, 'FORMS', {})
+    monkeypatch.setattr(search, 'FORMS', {})
     monkeypatch.setattr(BACKENDS['inductor'], 'unavailable', classmethod(lambda cls, device: 'it has its own tests'))
-    interleave = api.interleave
-    monkeypatch.setattr(api, 'interleave', lambda calls, device, *args: interleave(calls, device, 0.01))
+    interleave = search.interleave
+    monkeypatch.setattr(search, 'interleave', lambda calls, device, *args: interleave(calls, device, 0.01))
     exec(compile(SNIPPETS[number], str(DOCS), 'exec'), {})
 
 
@@ -446,13 +446,13 @@ def test_a_backend_without_floating_point(monkeypatch):
     """Where the package's own engine has int8 alone, it competes if there are scales for it, and says so if not."""
     monkeypatch.setattr(BACKENDS['native'], 'unavailable', classmethod(lambda cls, device: None))
     monkeypatch.setattr(BACKENDS['native'], 'precisions', classmethod(lambda cls, device: ('int8',)))
-    monkeypatch.setattr(api, 'native_precisions', lambda device: ('float32', 'int8'))
-    assert api._pairs('auto', ['native', 'eager'], True, CPU) == [('native', 'int8'), ('eager', 'float32')]
-    assert not any(name == 'native' for name, _ in api._pairs('auto', 'auto', False, CPU))
+    monkeypatch.setattr(search, 'native_precisions', lambda device: ('float32', 'int8'))
+    assert search._pairs('auto', ['native', 'eager'], True, CPU)[0] == [('native', 'int8'), ('eager', 'float32')]
+    assert not any(name == 'native' for name, _ in search._pairs('auto', 'auto', False, CPU)[0])
     three = 'float32', 'float16', 'bfloat16'
     monkeypatch.setattr(BACKENDS['eager'], 'precisions', classmethod(lambda cls, device: three))
-    monkeypatch.setattr(api, 'native_precisions', lambda device: (*three, 'int8'))
-    assert api._pairs('auto', 'eager', True, CPU) == [('eager', 'bfloat16')]
+    monkeypatch.setattr(search, 'native_precisions', lambda device: (*three, 'int8'))
+    assert search._pairs('auto', 'eager', True, CPU)[0] == [('eager', 'bfloat16')]
     with pytest.raises(DeployError, match=r"backend='native' computes in int8 alone .*: pass calibration=batches"):
         quick(create('cspnet_nano'), image(), backend='native')
 

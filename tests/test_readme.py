@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save
 
 import cspnet_timm
-from cspnet_timm.deployment import api
+from cspnet_timm.deployment import search
 from cspnet_timm.deployment.backends import BACKENDS
 from tests import foreign
 from tests.hub_server import Hub
@@ -54,9 +54,9 @@ class MyBlocks(nn.Sequential):
 
 def deploy_quickly():
     """In this process, deployment tries what is quick to convert, and measures little."""
-    interleave = api.interleave
-    api.interleave = lambda calls, device, *args: interleave(calls, device, 0.01)
-    api.FORMS = {}
+    interleave = search.interleave
+    search.interleave = lambda calls, device, *args: interleave(calls, device, 0.01)
+    search.FORMS = {}
     BACKENDS['inductor'].unavailable = classmethod(lambda cls, device: 'it takes its time, and has its own tests')
 
 

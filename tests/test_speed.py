@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cspnet_timm.deployment import api
+from cspnet_timm.deployment import search
 from cspnet_timm.deployment.backends import BACKENDS
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
@@ -49,7 +49,7 @@ def test_report(speed, made_once, tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
     monkeypatch.setattr(speed, 'busy_fraction', lambda: 0.5)
     monkeypatch.setattr(speed, 'native_precisions', lambda device: ('float32',))
-    monkeypatch.setattr(api, 'FORMS', {})  # they take their time, and are tested elsewhere
+    monkeypatch.setattr(search, 'FORMS', {})  # they take their time, and are tested elsewhere
     speed.main(arguments(tmp_path, '--allow-busy', '--sections', 'routes', 'resolution', 'throughput', 'training'))
     assert sorted(f.name for f in tmp_path.iterdir()) == [
         'speed.json', 'speed.md', 'speed_latency.png', 'speed_roofline.png', 'speed_throughput.png']
