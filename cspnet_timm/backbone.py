@@ -133,7 +133,8 @@ class CspBackbone(nn.Module):
             bn_eps: Replaces the network's batch norm epsilon.
             bn_momentum: Replaces the network's batch norm momentum.
             drop_rate: Dropout before the classifier.
-            drop_path_rate: Stochastic depth of the last level; it grows linearly with the levels.
+            drop_path_rate: Stochastic depth: probability that the last block is left out, per sample; it grows linearly
+                from block to block, from zero for the first.
             drop_block_rate: DropBlock in the last two levels, as timm's ResNet does it.
             zero_init_last: Start every residual block as the identity.
             device: Where to create the parameters.
@@ -147,11 +148,7 @@ class CspBackbone(nn.Module):
             raise ValueError(f'output_stride={output_stride} does not exist, choose one of 8, 16 and 32.')
         if not 2 <= len(cfg.levels) <= MAX_LEVELS:
             raise ValueError(f'{len(cfg.levels)} levels cannot be built, a backbone has 2 to {MAX_LEVELS}.')
-        if num_classes and not global_pool:
-            raise ValueError(
-                f'global_pool=\'\' gives maps, which num_classes={num_classes} cannot classify: '
-                'pass num_classes=0, or a pooling such as \'avg\'.'
-            )
+        _check_pooling(num_classes, global_pool)
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -261,8 +258,15 @@ class CspBackbone(nn.Module):
 
         Args:
             num_classes: New number of classes, 0 for none.
-            global_pool: New pooling; None keeps the one there is, ``''`` leaves the maps unpooled.
+            global_pool: New pooling; None keeps the one there is, ``''`` leaves the feature maps unpooled.
+
+        Raises:
+            ValueError: If there are classes, but no pooling; the model is as it was then.
         """
+        if global_pool is None:
+            _check_pooling(num_classes, self.head.global_pool.pool_type)
+        else:
+            _check_pooling(num_classes, global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
@@ -383,6 +387,14 @@ class CspBackbone(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Classify images ``(B, in_chans, H, W)``: ``(B, num_classes)``."""
         return self.forward_head(self.forward_features(x))
+
+
+def _check_pooling(num_classes: int, global_pool: str) -> None:
+    if num_classes > 0 and not global_pool:
+        raise ValueError(
+            f'global_pool=\'\' gives feature maps, which num_classes={num_classes} cannot classify: '
+            'pass num_classes=0, or a pooling such as \'avg\'.'
+        )
 
 
 def _checkpointed(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -379,6 +379,7 @@ class AttentionBlock(nn.Module):
         self.num_heads = max(chs // 64, 1)
         self.head_dim = chs // self.num_heads
         self.key_dim = self.head_dim // 2
+        self.split_sizes = [2 * self.key_dim, self.head_dim] * self.num_heads  # queries and keys, values; per head
         self.scale = self.key_dim ** -0.5
         self.fused_attn = use_fused_attn()
         self.qkv = ConvNormAct(chs, chs + 2 * self.key_dim * self.num_heads, act_layer=None, **kwargs)
@@ -399,14 +400,17 @@ class AttentionBlock(nn.Module):
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(x).reshape(B, self.num_heads, 2 * self.key_dim + self.head_dim, H * W)
+        qkv = self.qkv(x)
+        # Parts of the channels, put together again, are in the memory format of x; a reshaped v is not.
+        values = torch.cat(qkv.split(self.split_sizes, dim=1)[1::2], dim=1)
+        qkv = qkv.reshape(B, self.num_heads, 2 * self.key_dim + self.head_dim, H * W)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.head_dim], dim=2)
         if self.fused_attn:
             y = F.scaled_dot_product_attention(
                 q.transpose(-2, -1), k.transpose(-2, -1), v.transpose(-2, -1)).transpose(-2, -1)
         else:
             y = v @ ((q.transpose(-2, -1) * self.scale) @ k).softmax(dim=-1).transpose(-2, -1)
-        return self.proj(y.reshape(B, C, H, W) + self.pos(v.reshape(B, C, H, W)))
+        return self.proj(self.pos(values) + y.reshape(B, C, H, W))  # a sum has the format of its first term
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Transform ``(B, chs, H, W)``."""

@@ -134,8 +134,14 @@ class CrossStage(ComposedStage):
             dtype: Type of the parameters.
 
         Raises:
+            TypeError: If ``blocks`` is a module, or makes none.
             ValueError: If a choice is unknown, γ is outside (0, 1), or the widths leave a branch without channels.
         """
+        if isinstance(blocks, nn.Module) or not callable(blocks):
+            raise TypeError(
+                f'blocks={type(blocks).__name__} is no function: pass one that makes a module of a width, '
+                'such as lambda chs: nn.Conv2d(chs, chs, 3, padding=1). Of modules that exist, make a ComposedStage.'
+            )
         for name, value, allowed in (('fusion', fusion, FUSIONS), ('partition', partition, PARTITIONS)):
             if value not in allowed:
                 raise ValueError(f'{name}={value!r} is unknown, choose one of {", ".join(map(repr, allowed))}.')
@@ -177,6 +183,8 @@ class CrossStage(ComposedStage):
                 around = nn.Sequential(around, ConvNormAct(bypass_chs, bypass_chs, **kwargs))
 
         transform = blocks(entry_chs)
+        if not isinstance(transform, nn.Module):
+            raise TypeError(f'blocks({entry_chs}) returned {type(transform).__name__}, and not a module.')
         block_chs = getattr(transform, 'out_chs', entry_chs)
         transition = None
         if fusion == 'csp':

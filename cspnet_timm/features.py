@@ -93,7 +93,7 @@ def _cached(cfg: PretrainedCfg) -> bool:
         repo_id, _, revision = cfg.hf_hub_id.partition('@')
         names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else _HUB_FILES
         return any(isinstance(try_to_load_from_cache(repo_id, name, revision=revision or None), str) for name in names)
-    return (Path(_hub.get_cache_dir()) / Path(urlparse(cfg.url).path).name).is_file()
+    return (Path(_hub.get_cache_dir()) / Path(urlparse(str(cfg.url)).path).name).is_file()
 
 
 def _request(repo_id: str, filename: str, url: str) -> None:
@@ -136,7 +136,7 @@ def why_not_at_hand(name: str) -> str:
     Returns:
         Half a sentence, or '' if they are in the cache or their host answers.
     """
-    cfg = timm.get_pretrained_cfg(name)
+    cfg: Any = timm.get_pretrained_cfg(name)
     if not cfg.has_weights:
         if cfg.origin_url:
             return f'those of {name} ({cfg.license}) are not downloaded, --file takes yours'
@@ -184,7 +184,7 @@ def create_extractor(
         why_random = why_not_at_hand(name)
     if not why_random:
         try:
-            model = timm.create_model(name, pretrained=True, features_only=True, **kwargs)
+            model: Any = timm.create_model(name, pretrained=True, features_only=True, **kwargs)
         except Exception as error:  # of files and networks, almost anything
             message = f'{name}: {" ".join(str(error).split())}'
             if pretrained or source or file is not None:

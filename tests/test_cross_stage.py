@@ -103,6 +103,16 @@ def test_bad_choices(kwargs, message):
         CrossStage(16, 16, blocks=blocks, **kwargs)
 
 
+@pytest.mark.parametrize('blocks, message', [
+    (nn.Conv2d(8, 8, 3, padding=1), r'blocks=Conv2d is no function: .* such as lambda chs: nn.Conv2d'),
+    (3, 'blocks=int is no function'),
+    (lambda chs: [nn.Identity()], r'blocks\(8\) returned list, and not a module'),
+])
+def test_blocks_is_a_function_that_makes_a_module(blocks, message):
+    with pytest.raises(TypeError, match=message):
+        CrossStage(16, 16, blocks=blocks)
+
+
 def test_public_names():
     assert set(cspnet_timm.__all__) <= set(dir(cspnet_timm))
     for name in cspnet_timm.__all__:

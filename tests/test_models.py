@@ -1,6 +1,7 @@
 """What every registered model owes its users. A new family is tested by being registered."""
 import copy
 import io
+import operator
 
 import pytest
 import timm
@@ -132,6 +133,9 @@ def test_classifier(model_name):
     model.reset_classifier(3, 'catavgmax')
     assert model(x).shape == (2, 3)
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    with pytest.raises(ValueError, match=r"global_pool='' gives feature maps, which num_classes=4 cannot classify"):
+        model.reset_classifier(4, '')
+    assert model.num_classes == 3 and model(x).shape == (2, 3)
     model.reset_classifier(0)
     assert model(x).shape == (2, model.head_hidden_size)
     assert create_model(model_name, num_classes=0, global_pool='', device='meta').eval()(x).ndim == 4
@@ -348,11 +352,17 @@ def test_odd_size(model_name):
 
 def test_bfloat16_and_channels_last(model_name):
     model = create(model_name)
-    x = image()
+    x = image(1, size=(96, 96))  # a map of one pixel has no memory format
     with torch.no_grad():
         expected = model(x)
         last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        for module in last.modules():
+            if isinstance(module, torch.nn.Conv2d):  # nothing before it has changed the format
+                module.register_forward_pre_hook(lambda module, args: operator.setitem(
+                    formats, module, args[0].stride(1) == 1 or args[0].shape[1] == 1))
+        formats = {}
         assert distance(last(x.contiguous(memory_format=torch.channels_last)), expected) < 1e-4
+        assert formats and all(formats.values())
         half = copy.deepcopy(model).to(torch.bfloat16)(x.to(torch.bfloat16))
         assert half.dtype == torch.bfloat16 and distance(half, expected) < 0.2
         with torch.autocast('cpu', dtype=torch.bfloat16):
