@@ -50,6 +50,7 @@ class Hub:
         self.faults = {}  # name: how many times, see _Handler
         self.uploading = threading.Event()
         self.lock = threading.Lock()
+        self.storage = None  # address that files under LFS are redirected to
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
@@ -285,6 +286,10 @@ class _Handler(BaseHTTPRequestHandler):
             'Accept-Ranges': 'bytes',
             'Content-Type': 'application/octet-stream',
         }
+        if lfs and self.hub.storage:
+            return self.send(302, b'', {
+                'X-Repo-Commit': sha, 'X-Linked-ETag': headers['ETag'], 'X-Linked-Size': str(len(data)),
+                'Location': f'{self.hub.storage}/{path}'})
         if self.command == 'HEAD' or not lfs:
             return self.send(200, data, headers)
         if self.hub.fault('download_short'):

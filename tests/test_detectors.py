@@ -8,10 +8,9 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
 from timm.layers import ClassifierHead
-from timm.models import _hub
 from timm.utils import reparameterize_model
 
-from cspnet_timm import naming
+from cspnet_timm import naming, sources
 from cspnet_timm.backbone import BackboneCfg, CspBackbone
 from cspnet_timm.blocks import AttentionBlock
 from cspnet_timm.checkpoints import CheckpointError
@@ -579,7 +578,8 @@ def test_defaults():
 
 @pytest.mark.parametrize('name', ['cspnet_yolov5n', 'cspnet_yolov8n_cls', 'cspnet_yolo11n', 'cspnet_yolo26x'])
 def test_agpl_weights_are_never_downloaded(name, monkeypatch):
-    monkeypatch.setattr(_hub, 'download_url_to_file', lambda *args, **kwargs: pytest.fail('a download was started'))
+    monkeypatch.setattr(sources, 'open_url', lambda *args, **kwargs: pytest.fail('a download was started'))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '0')
     origin = timm.get_pretrained_cfg(name).origin_url
     with pytest.raises(RuntimeError) as error:
         timm.create_model(name, pretrained=True)
@@ -603,44 +603,26 @@ def test_no_notice_for_other_weights(caplog, silent_once):
     assert not caplog.records
 
 
-@pytest.fixture
-def downloads(monkeypatch, tmp_path):
-    """Serve files from memory in place of the network; returns what is served by URL, and the URLs asked for."""
-    served, asked = {}, []
-
-    def download(url, path, hash_prefix=None, progress=True):
-        asked.append((url, hash_prefix))
-        torch.save(served[url], path)
-
-    monkeypatch.setattr(_hub, 'download_url_to_file', download)
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    return served, asked
-
-
 @pytest.mark.parametrize('fixture, container', [('yolox_nano', 'model'), ('cspnext_tiny', 'state_dict')])
-def test_pretrained_downloads_a_container(fixture, container, downloads):
-    served, asked = downloads
+def test_pretrained_downloads_a_container(fixture, container, tmp_path, monkeypatch):
+    """Where the file comes from is the matter of tests/test_sources.py."""
     _, state_dict, x, outputs = load_fixture(fixture)
     name = FIXTURES[fixture]
-    url = timm.get_pretrained_cfg(name).url
-    served[url] = {container: state_dict, 'meta': {'epoch': 3}}
+    asked = []
+
+    def fetch(*args, **kwargs):
+        asked.append(args)
+        torch.save({container: state_dict, 'meta': {'epoch': 3}}, tmp_path / 'file.pth')
+        return tmp_path / 'file.pth'
+
+    monkeypatch.setattr(sources, 'fetch', fetch)
     model = timm.create_model(name, pretrained=True).eval()
-    assert asked == [(url, '3a2dd350' if fixture == 'cspnext_tiny' else None)]
-    assert model.pretrained_cfg['url'] == url
+    tag = f'{name}.{model.pretrained_cfg["tag"]}'
+    assert asked[0][:3] == (tag, WEIGHTS[tag].sources, 'apache-2.0')
+    assert model.pretrained_cfg['url'] == timm.get_pretrained_cfg(name).url
     with torch.no_grad():
         y = model.forward_features(x.flip(1) if fixture == 'yolox_nano' else x)
     assert difference(y, outputs['stride32']) < 1e-5
-
-
-def test_a_hash_before_a_date_is_checked_too(downloads, tmp_path):
-    served, asked = downloads
-    name = 'cspnet_rtmdet_tiny.udp_aic_coco'
-    url = timm.get_pretrained_cfg(name).url
-    served[url] = {'state_dict': load_fixture('cspnext_tiny')[1]}
-    with pytest.raises(RuntimeError, match='does not have the hash cbed682d'):
-        timm.create_model(name, pretrained=True)
-    assert asked and not list(tmp_path.rglob('*.pth'))
 
 
 def test_a_cut_network_still_converts():

@@ -70,9 +70,9 @@ def test_every_entry_has_a_source():
             assert source.filename and re.fullmatch(r'[\w.+-]+', source.filename), name
             assert source.link.startswith('https://'), name
             assert re.fullmatch('[0-9a-f]{0,64}', source.sha256), name
-            # One name is one file: a folder of released files holds them side by side. The Hub's are under their tag.
-            if not source.repo_id:
-                assert files.setdefault(source.filename, name) == name, name
+            # One name is one file: a folder of released files holds them side by side.
+            if source.url and not source.url.startswith('https://pjreddie.com'):
+                assert files.setdefault(source.filename, source.url) == source.url, name
         if info.license == 'agpl-3.0':
             assert not info.downloads, f'{name}: what is under the AGPL is never downloaded'
 

@@ -5,23 +5,25 @@ import hashlib
 import re
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
-from urllib.parse import urlparse
 
 import torch.nn as nn
 from huggingface_hub import try_to_load_from_cache
 from timm.models import (
     PretrainedCfg,
-    _hub,
     build_model_with_cfg,
+    get_pretrained_cfg,
     is_model,
+    load_state_dict,
     model_entrypoint,
     resolve_pretrained_cfg,
 )
 from timm.models import register_model as timm_register_model
 
+from .. import sources
 from ..backbone import BackboneCfg, CspBackbone, StateDict
-from ..checkpoints import CheckpointError, read_foreign
+from ..checkpoints import CheckpointError, open_checkpoint, read_foreign
 from ..naming import candidates
+from ..sources import Source
 from ._weights import IN1K, WEIGHTS, License, WeightsInfo, by_hand, default_cfg, describe_weights, hub, web
 
 __all__ = [
@@ -53,18 +55,6 @@ def _check_out_indices(variant: str, out_indices: Union[int, Sequence[int]], num
     # timm's extractors give the maps in the network's order whatever the order of the indices, but report the
     # channels in the order of the indices: sorted, both agree.
     return tuple(sorted(absolute))
-
-
-def _download(url: str, cache_dir: Optional[Union[str, Path]]) -> str:
-    """timm's download into its cache, and a check of the hash also where a date follows it in the file's name."""
-    cached = Path(cache_dir or _hub.get_cache_dir(), Path(urlparse(url).path).name)
-    is_new = not cached.exists()
-    path = _hub.download_cached_file(url, check_hash=True, cache_dir=cache_dir)
-    match = re.search(r'-([0-9a-f]{8})_\d{8}\.', cached.name)
-    if match and is_new and not hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(match[1]):
-        Path(path).unlink()
-        raise RuntimeError(f'{url}: the file received does not have the hash {match[1]} of its name, and was removed.')
-    return path
 
 
 def _cached_from_hub(weights: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> Optional[Path]:
@@ -119,10 +109,10 @@ def _read_foreign_file(variant: str, cfg: BackboneCfg, kwargs: Dict[str, Any]) -
     file = weights.file
     if weights.source or weights.state_dict:
         return
-    if not file and isinstance(weights.url, str) and not weights.hf_hub_id:
-        file = _download(weights.url, kwargs.get('cache_dir'))
-    if not file:
+    fetched = None if file else _fetch(variant, weights, kwargs.get('cache_dir'))
+    if not file and not fetched:
         return
+    file = file or str(fetched)
     # A file that says which activations and batch norms it was trained with is held against those asked for.
     layers = {k: kwargs[k] for k in ('act_layer', 'norm_layer', 'bn_eps') if kwargs.get(k) is not None}
     num_classes = overlay.get('num_classes', 1000)
@@ -133,13 +123,43 @@ def _read_foreign_file(variant: str, cfg: BackboneCfg, kwargs: Dict[str, Any]) -
     # A classifier of another number of classes than the weights have is a new one.
     asked = kwargs.get('num_classes', weights.num_classes)
     headless = kwargs.get('features_only') or asked == 0 or asked != weights.num_classes
-    state_dict = read_foreign(
-        file, model, allow_partial=not strict, convert=cfg.convert, classifier=not headless)
-    if state_dict is not None:
-        if strict:
+    try:
+        state_dict = read_foreign(
+            file, model, allow_partial=not strict, convert=cfg.convert, classifier=not headless)
+        if state_dict is None and fetched:
+            state_dict = load_state_dict(file)
+        if strict and state_dict is not None:
             _check_fit(variant, cfg, str(file), model, state_dict)
+    except CheckpointError as error:
+        if fetched:
+            raise CheckpointError(f'{error} If this is not the released file, remove it.') from error
+        raise
+    if state_dict is not None:
         overlay.update(file=None, state_dict=state_dict)
         kwargs['pretrained_cfg_overlay'] = overlay
+
+
+def _fetch(variant: str, weights: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> Optional[Path]:
+    """Get the file of a config that timm would download, or None if timm is to do it.
+
+    Raises:
+        DownloadError: If no place has it.
+    """
+    name = f'{variant}.{weights.tag}'
+    registered, info = get_pretrained_cfg(name, allow_unregistered=True) if weights.tag else None, WEIGHTS.get(name)
+    if info is not None and registered is not None and all(
+            getattr(weights, k) == getattr(registered, k) for k in ('url', 'hf_hub_id', 'hf_hub_filename')):
+        return sources.fetch(name, info.sources, info.terms.label, cache_dir, _check_container)
+    if isinstance(weights.url, str) and weights.url and not weights.hf_hub_id:  # the caller's own
+        places = [Source(url=weights.url)]
+        return sources.fetch(variant, places, weights.license or 'unknown', cache_dir, _check_container)
+    return None
+
+
+def _check_container(path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+    if checkpoint is not None:
+        checkpoint.close()
 
 
 def _check_fit(variant: str, cfg: BackboneCfg, file: str, model: CspBackbone, state_dict: StateDict) -> None:
@@ -185,7 +205,7 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     Raises:
         ValueError: If ``out_indices`` names a level that does not exist.
         CheckpointError: If a foreign file is damaged or holds another network.
-        RuntimeError: If ``pretrained`` and the weights have to be fetched by hand, or arrive damaged.
+        DownloadError: If ``pretrained`` and no place has the weights, or they have to be fetched by hand.
         TypeError: If an argument is unknown.
     """
     num_levels = len(cfg.levels)
@@ -194,7 +214,6 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     named = pretrained and _names_its_weights(kwargs.get('pretrained_cfg_overlay') or {})
     if pretrained:
         _read_foreign_file(variant, cfg, kwargs)
-        _require_source(variant, kwargs)
     with _checked_download(variant, kwargs) if pretrained else contextlib.nullcontext():
         model: Any = build_model_with_cfg(
             CspBackbone,
@@ -209,27 +228,6 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     model.pretrained_cfg.pop('state_dict', None)
     model.pretrained = named
     return model
-
-
-def _require_source(variant: str, kwargs: Dict[str, Any]) -> None:
-    """Say where weights are to be had that timm cannot download, before it says that there are none.
-
-    Args:
-        variant: Name of the entrypoint.
-        kwargs: What ``timm.create_model`` passes on.
-
-    Raises:
-        RuntimeError: If the config has no source but an ``origin_url``.
-    """
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    if cfg.state_dict or cfg.has_weights or not cfg.origin_url:
-        return
-    name = f'{variant}.{cfg.tag}' if cfg.tag else variant
-    raise RuntimeError(
-        f'The weights of {name} cannot be downloaded automatically. Get the file from {cfg.origin_url} '
-        f'(licence: {cfg.license or "unknown"}) and pass it: timm.create_model({name!r}, pretrained=True, '
-        'pretrained_cfg_overlay=dict(file=\'path/of/the/file\')).'
-    )
 
 
 def _names_its_weights(overlay: Dict[str, Any]) -> bool:

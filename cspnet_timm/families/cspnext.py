@@ -19,7 +19,7 @@ from ..blocks import DarkBlock
 from ..cross_stage import ComposedStage
 from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
 from ..naming import Naming, register_naming, rename_keys
-from ._builder import IN1K, License, build_backbone, default_cfg, describe_weights, register_model, web
+from ._builder import IN1K, License, build_backbone, default_cfg, describe_weights, hub, register_model, web
 from ._openmmlab import MMDETECTION, MMPOSE
 from ._weights import CLASSIFICATION, DETECTION, KEYPOINTS, SEGMENTATION
 
@@ -69,6 +69,8 @@ def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, separable: bo
 
 
 def _rename(own: StateDict, whole: StateDict) -> StateDict:
+    # timm's own cspnext has the framework's names but for its stages, which count from zero.
+    own = rename_keys(own, ((r'^stages\.(\d)\.', lambda m: f'stage{int(m[1]) + 1}.'),))
     out = rename_keys(own, (
         (r'^stem\.(\d)\.', lambda m: f'stem.conv{int(m[1]) + 1}.'),
         (r'^stage(\d)\.0\.', r'layer\1.down.'),
@@ -81,12 +83,14 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
         (r'\.(depth|point)wise_conv\.', r'.\1wise.'),
     ))
     weight = out.get('stem.conv1.conv.weight')
-    if weight is not None and weight.ndim == 4 and any('bbox_head.' in key for key in whole):
+    is_timms = any('stages.0.1.attention.' in key for key in whole)
+    if weight is not None and weight.ndim == 4 and not is_timms and any('bbox_head.' in key for key in whole):
         out['stem.conv1.conv.weight'] = weight.flip(1)  # detectors are trained on BGR, classifiers and pose on RGB
     return out
 
 
-NAMING = register_naming(Naming('RTMDet', ('cspnet_rtmdet_*',), r'stage1\.1\.attention\.fc\.weight', _rename))
+NAMING = register_naming(Naming(
+    'RTMDet', ('cspnet_rtmdet_*',), r'(?:stage1|stages\.0)\.1\.attention\.fc\.weight', _rename))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
@@ -114,9 +118,10 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
         'paper_name': 'RTMDet: An Empirical Study of Designing Real-Time Object Detectors', **kwargs})
 
 
-def _in1k(file: str, top1: float, top5: float) -> Dict[str, Any]:
+def _in1k(timm_name: str, file: str, top1: float, top5: float) -> Dict[str, Any]:
     return _cfg(
-        sources=[web(f'{_DET}/cspnext_rsb_pretrain/{file}')],
+        # The files that timm's own models are loaded from, converted from those of the release, which come second.
+        sources=[hub(f'munehiro-k/{timm_name}'), web(f'{_DET}/cspnext_rsb_pretrain/{file}')],
         license=MMDETECTION, crop_pct=224 / 236,
         info=dict(data=IN1K, task=CLASSIFICATION, source='OpenMMLab', metrics=dict(top1=top1, top5=top5, size=224),
                   metrics_source='MMDetection, configs/rtmdet'))
@@ -163,15 +168,15 @@ default_cfgs = describe_weights({
         f'{_POSE}/rtmpose/rtmdet_nano_8xb32-100e_coco-obj365-person-05d8511e.pth',
         data='COCO and Objects365, persons', license=MMPOSE, size=320),
     'cspnet_rtmdet_tiny.rsb_a1_in1k': _in1k(
-        'cspnext-tiny_imagenet_600e-3a2dd350.pth', 69.44, 89.45),
+        'cspnext_tiny.rsb_a1_in1k', 'cspnext-tiny_imagenet_600e-3a2dd350.pth', 69.44, 89.45),
     'cspnet_rtmdet_s.rsb_a1_in1k': _in1k(
-        'cspnext-s_imagenet_600e-ea671761.pth', 74.41, 92.23),
+        'cspnext_s.rsb_a1_in1k', 'cspnext-s_imagenet_600e-ea671761.pth', 74.41, 92.23),
     'cspnet_rtmdet_m.rsb_a1_in1k': _in1k(
-        'cspnext-m_8xb256-rsb-a1-600e_in1k-ecb3bbd9.pth', 79.27, 94.79),
+        'cspnext_m.rsb_a1_in1k', 'cspnext-m_8xb256-rsb-a1-600e_in1k-ecb3bbd9.pth', 79.27, 94.79),
     'cspnet_rtmdet_l.rsb_a1_in1k': _in1k(
-        'cspnext-l_8xb256-rsb-a1-600e_in1k-6a760974.pth', 81.3, 95.62),
+        'cspnext_l.rsb_a1_in1k', 'cspnext-l_8xb256-rsb-a1-600e_in1k-6a760974.pth', 81.3, 95.62),
     'cspnet_rtmdet_x.rsb_a1_in1k': _in1k(
-        'cspnext-x_8xb256-rsb-a1-600e_in1k-b3f78edd.pth', 82.1, 95.69),
+        'cspnext_x.rsb_a1_in1k', 'cspnext-x_8xb256-rsb-a1-600e_in1k-b3f78edd.pth', 82.1, 95.69),
     'cspnet_rtmdet_tiny.coco': _coco('tiny', '20220902_112414-78e30dcc', 41.1),
     'cspnet_rtmdet_s.coco': _coco('s', '20220905_161602-387a891e', 44.6),
     'cspnet_rtmdet_m.coco': _coco('m', '20220719_112220-229f527c', 49.4),
