@@ -490,8 +490,8 @@ def fetch(
         DownloadError: If no place has the file, with what each of them answered and how to go on by hand.
     """
     folder = user_folder()
-    for directory in filter(None, (folder, cache_dir)):
-        if Path(directory).is_dir() and (path := find_local(name, sources, Path(directory))) is not None:
+    for directory in (folder, Path(cache_dir) if cache_dir else None):
+        if directory and directory.is_dir() and (path := find_local(name, sources, directory)) is not None:
             return path
     for source in (s for s in sources if not s.manual):
         if (path := _cached(source, cache_dir)) is not None:
