@@ -33,19 +33,16 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope='session')
-def create_short(pytestconfig):
-    """Creates what a compiler or an exporter goes through; with ``--all-models`` it is the whole model."""
-    from tests import zoo
-    return zoo.create if pytestconfig.getoption('--all-models') else zoo.create_short
-
-
 def pytest_generate_tests(metafunc):
+    from tests.stages import NETWORKS
     from tests.zoo import ALL, representatives
+    whole = ALL if metafunc.config.getoption('--all-models') else representatives()
     if 'any_model' in metafunc.fixturenames:
         metafunc.parametrize('any_model', ALL)
     if 'model_name' in metafunc.fixturenames:
-        metafunc.parametrize('model_name', ALL if metafunc.config.getoption('--all-models') else representatives())
+        metafunc.parametrize('model_name', whole)
+    if 'network' in metafunc.fixturenames:
+        metafunc.parametrize('network', [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in whole)])
 
 
 # Order: what takes long comes first, or it would leave the other processes idle at the end.

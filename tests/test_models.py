@@ -1,6 +1,5 @@
 """What every registered model owes its users. A new family is tested by being registered."""
 import copy
-import io
 import operator
 
 import pytest
@@ -10,14 +9,12 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.layers import BatchNormAct2d
 from timm.models import create_model, group_parameters, reparameterize_model
-from torch.distributed._tools.mem_tracker import MemTracker
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from cspnet_timm.counting import count_parameters
 from cspnet_timm.sizes import fingerprint, model_sizes
-from tests.zoo import ALL, create, distance, structure
-from tests.zoo import create_short as shortened
+from tests.zoo import ALL, create, distance
 
 SIZE = 64
 
@@ -214,97 +211,6 @@ def test_prune(model_name):
 
 
 @pytest.mark.parametrize('features', [False, True])
-def test_torchscript(model_name, create_short, features):
-    model = create_short(model_name, features_only=features, scriptable=True)
-    scripted = torch.jit.script(model)
-    buffer = io.BytesIO()
-    torch.jit.save(scripted, buffer)
-    buffer.seek(0)
-    scripted = torch.jit.load(buffer)
-    for size in ((SIZE, SIZE), (96, 128)):
-        x = image(1, size=size)
-        with torch.no_grad():
-            a, b = model(x), scripted(x)
-        for p, q in zip(a, b) if features else [(a, b)]:
-            assert distance(q, p) < 1e-5
-
-
-def test_short_models_are_of_the_structure(model_name):
-    whole, short = create_model(model_name, device='meta').eval(), shortened(model_name)
-    assert structure(short) == structure(whole)
-    assert len(list(short.modules())) <= len(list(whole.modules()))
-    assert [info['num_chs'] for info in short.feature_info] == [
-        m.shape[1] for m in short.forward_intermediates(image(), intermediates_only=True)]
-
-
-def test_fx(model_name):
-    model = create(model_name)
-    traced = torch.fx.symbolic_trace(model)
-    x = image(1)
-    with torch.no_grad():
-        assert distance(traced(x), model(x)) < 1e-6
-
-
-def test_compile(model_name, create_short):
-    model = create_short(model_name)
-    torch._dynamo.reset()  # all models share one forward, and the number of its versions is limited
-    compiled = torch.compile(model, backend='eager', fullgraph=True)
-    with torch.no_grad():
-        for batch in (2, 3, 5):
-            x = image(batch)
-            assert distance(compiled(x), model(x)) < 1e-5
-
-
-def test_compile_for_training(model_name, create_short):
-    """The second batch size makes the graph dynamic, and no other compiles again."""
-    model = create_short(model_name, num_classes=10).train()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend='eager', fullgraph=True)
-    for i, batch in enumerate((4, 2, 3, 5, 8)):
-        with torch._dynamo.config.patch(error_on_recompile=i > 1):
-            compiled(image(batch)).square().mean().backward()
-
-
-class Everything(nn.Module):
-    """Logits and maps of one model, so that one export shows both."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        features, maps = self.model.forward_intermediates(x)
-        return (self.model.forward_head(features), *maps)
-
-
-def test_export_and_onnx(model_name, create_short, tmp_path):
-    model = Everything(create_short(model_name)).eval()
-    dynamic = torch.export.Dim.DYNAMIC
-    # A map of one pixel would be taken for a constant, and the elastic nets halve the last level's once more.
-    example = (image(2, size=(128, 128)),)
-    program = torch.export.export(model, example, dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
-    x = image(3, size=(96, 192))
-    with torch.no_grad():
-        expected, outputs = model(x), program.module()(x)
-    assert len(outputs) == len(expected) >= 5
-    assert all(distance(a, b) < 1e-5 for a, b in zip(outputs, expected))
-
-    onnxruntime = pytest.importorskip('onnxruntime')
-    pytest.importorskip('onnxscript')
-    path = tmp_path / 'model.onnx'
-    if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 9):
-        torch.onnx.export(program, (), path, dynamo=True, verbose=False)
-    else:  # today's onnxscript no longer fits the exporter of then
-        torch.onnx.export(
-            model, example, path, opset_version=17, input_names=['x'],
-            dynamic_axes={'x': {0: 'batch', 2: 'height', 3: 'width'}})
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert len(outputs) == len(expected)
-    assert all(distance(torch.from_numpy(a), b) < 1e-4 for a, b in zip(outputs, expected))
-
-
-@pytest.mark.parametrize('features', [False, True])
 def test_gradient_checkpointing(model_name, features):
     kwargs = dict(features_only=True) if features else dict(num_classes=10)
     model = create(model_name, **kwargs).train()
@@ -321,23 +227,6 @@ def test_gradient_checkpointing(model_name, features):
     for a, b in zip(plain if features else [plain], checkpointed if features else [checkpointed]):
         assert torch.equal(a, b)
     assert all(torch.allclose(grads[name], grads_again[name], rtol=1e-5, atol=1e-7) for name in grads)
-
-
-def test_gradient_checkpointing_saves_memory(model_name, create_short):
-    """What a step holds beside parameters and gradients is at most half; of more blocks, less."""
-
-    def peak(checkpointing):
-        model = create_short(model_name, num_classes=10).train()
-        model.set_grad_checkpointing(checkpointing)
-        x = image(2, size=(128, 128))
-        tracker = MemTracker()
-        tracker.track_external(model, x)
-        with tracker:
-            model(x).square().mean().backward()
-        sizes, = tracker.get_tracker_snapshot('peak').values()
-        return sum(size for kind, size in sizes.items() if str(kind).split('.')[-1] in ('ACT', 'TEMP'))
-
-    assert 0 < peak(True) < 0.5 * peak(False)
 
 
 def test_odd_size(model_name):

@@ -1,0 +1,238 @@
+"""Small networks that together hold every block and stage of the package once, in every form that a family uses.
+
+What compilers, exporters, engines and whatever else walks through a network see are its layers, not its size: what they
+make of these they make of every registered model. ``test_stages.py`` fails if a registered model has a form that none
+of these has; it is then to be put into a level here.
+"""
+import functools
+import re
+from collections import OrderedDict
+
+import torch.nn as nn
+from timm.layers import EffectiveSEModule
+from timm.models import FeatureListNet
+
+from cspnet_timm.backbone import BackboneCfg, CspBackbone, Level
+from cspnet_timm.blocks import (
+    AttentionBlock,
+    BottleneckBlock,
+    ConcatOutputs,
+    DarkBlock,
+    DenseBlock,
+    DenseLayer,
+    ElasticBlock,
+    InvertedResidual,
+)
+from cspnet_timm.cross_stage import ComposedStage, CrossStage
+from cspnet_timm.families.peleenet import StemPool, TwoWayLayer
+from cspnet_timm.layers import ConvHead, ConvNormAct, RepConv, SeparableConv, SpatialPyramidPool
+from tests.zoo import randomize
+
+CHS = 16
+LEAKY = functools.partial(nn.LeakyReLU, negative_slope=0.1)
+
+separable = (ConvNormAct, SeparableConv)
+
+
+def level(*parts, depth=2):
+    """A level of parts, each called with the input's channels and the level's arguments; all give 16 channels."""
+
+    def build(in_chs, args):
+        modules = OrderedDict()
+        for i, part in enumerate(parts):
+            modules[f'part{i}'] = part(CHS if i else in_chs, args)
+        return nn.Sequential(modules)
+
+    return Level(build, CHS, depth=depth)
+
+
+def down(cls=ConvNormAct, **kwargs):
+    return lambda chs, args: cls(
+        chs, CHS, kernel_size=3, stride=args.stride, dilation=args.first_dilation, **kwargs, **args.layers)
+
+
+def pool(cls, **kwargs):
+    return lambda chs, args: cls(args.stride, args.stride, ceil_mode=True)
+
+
+def row(*blocks):
+    """Blocks in a row, each called with the channels and the arguments of the level."""
+    return lambda chs, args: nn.Sequential(*[block(chs, args) for block in blocks])
+
+
+def block(cls, *shape, index=0, **kwargs):
+    """A block of as many channels as go in, unless others are given."""
+    return lambda chs, args: cls(*(shape or (chs, chs)), **kwargs, **args.block_kwargs(index))
+
+
+def stage(blocks, chs=CHS, **kwargs):
+    return lambda in_chs, args: CrossStage(
+        in_chs, chs, blocks=lambda c: blocks(c, args), **kwargs, **args.layers)
+
+
+def attended(chs, args):
+    return nn.Sequential(OrderedDict(
+        attn=EffectiveSEModule(chs, device=args.layers['device'], dtype=args.layers['dtype']),
+        conv=ConvNormAct(chs, CHS, **args.layers),
+    ))
+
+
+def composed(blocks, chs=CHS // 2, entry=True, transition=False, merge=None, bypass=None):
+    """A stage of modules; ``bypass`` are the arguments of its convolution beside the channels."""
+
+    def build(in_chs, args):
+        layers = args.layers
+        out = chs if bypass is None else in_chs
+        return ComposedStage(
+            blocks(chs if entry else in_chs, args),
+            entry=ConvNormAct(in_chs, chs, **layers) if entry else None,
+            bypass=ConvNormAct(in_chs, out, **(bypass or {}), **layers),
+            transition=ConvNormAct(chs, chs, **layers) if transition else None,
+            merge=(merge or (lambda c, args: ConvNormAct(c, CHS, **args.layers)))(chs + out, args),
+        )
+
+    return build
+
+
+def attention(chs, args):
+    return AttentionBlock(chs, drop_path=args.drop_path[0], **args.layers)
+
+
+def concatenated(*blocks):
+    def build(chs, args):
+        return ConcatOutputs([b(chs, args) for b in blocks], (1 + len(blocks)) * chs)
+
+    return build
+
+
+def dense(cls, growth=8):
+    def build(chs, args):
+        layers = [cls(chs + i * growth, growth, growth, **args.block_kwargs(i)) for i in range(2)]
+        return DenseBlock(layers, chs + 2 * growth)
+
+    return build
+
+
+def elastic(cls, **kwargs):
+    def build(chs, args):
+        block_kwargs = {**args.block_kwargs(0), 'drop_path': 0.}
+        return ElasticBlock(
+            chs, block=lambda half: cls(half, half, shortcut=False, **kwargs, **block_kwargs),
+            act_layer=args.layers['act_layer'] if cls is BottleneckBlock else None, drop_path=args.drop_path[0])
+
+    return build
+
+
+def stem(*kernel_sizes):
+    def build(in_chans, args):
+        return nn.Sequential(OrderedDict(
+            (f'conv{i}', ConvNormAct(CHS if i else in_chans, CHS, k, stride=1 if i else args.stride, **args.layers))
+            for i, k in enumerate(kernel_sizes)))
+
+    return Level(build, CHS)
+
+
+dark = block(DarkBlock)
+thin = block(DarkBlock, shortcut=False)
+
+NETWORKS = {
+    # YOLO and its like: residual blocks, plain, separable and re-parameterisable; chains that keep every output.
+    'detectors': BackboneCfg(
+        levels=(
+            stem(6),
+            level(down(), stage(row(dark, dark), fusion='first')),
+            level(down(SeparableConv), composed(row(
+                block(DarkBlock, kernel_size=(3, 5), conv_layers=separable),
+                block(DarkBlock, kernel_size=(3, 5), conv_layers=separable, shortcut=False),
+                block(DarkBlock, kernel_size=(3, 5), conv_layers=(SeparableConv, SeparableConv)),
+                block(DarkBlock, kernel_size=(3, 5), conv_layers=(SeparableConv, SeparableConv), shortcut=False),
+            ), merge=attended)),
+            level(down(), composed(row(
+                block(DarkBlock, kernel_size=(3, 3), conv_layers=(ConvNormAct, RepConv)),
+                block(DarkBlock, kernel_size=(3, 3), conv_layers=(
+                    ConvNormAct, functools.partial(RepConv, alpha=True))),
+            ), merge=attended)),
+            level(
+                down(),
+                stage(concatenated(block(DarkBlock, kernel_size=(3, 3)), thin), fusion='first'),
+                stage(concatenated(lambda chs, args: stage(row(dark), chs, fusion='first')(chs, args)), fusion='first'),
+                lambda chs, args: SpatialPyramidPool(chs, chs, **args.layers),
+                lambda chs, args: SpatialPyramidPool(chs, chs, shortcut=True, **args.layers),
+                stage(row(attention), fusion='first'),
+            ),
+        ),
+        bn_eps=1e-3,
+        head=functools.partial(ConvHead, hidden_size=24),
+    ),
+    # The paper's: bottlenecks, inverted residuals, elastic and dense blocks, channels that are split.
+    'paper': BackboneCfg(
+        levels=(
+            stem(3, 3),
+            level(
+                pool(nn.MaxPool2d),
+                composed(row(block(BottleneckBlock), block(BottleneckBlock, groups=4)), transition=True),
+                stage(row(dark), fusion='csp'),
+                stage(row(elastic(DarkBlock)), fusion='csp'),
+            ),
+            level(
+                down(groups=4),
+                composed(row(elastic(BottleneckBlock)), transition=True),
+                composed(row(
+                    block(InvertedResidual, CHS, 12, depth_multiplier=2),
+                    block(InvertedResidual, 12, CHS // 2, 24),
+                    block(InvertedResidual, CHS // 2, CHS // 2, 24),
+                ), entry=False, bypass=dict(kernel_size=3, groups=CHS)),
+            ),
+            level(
+                lambda chs, args: StemPool(chs, args.stride, **args.layers),
+                stage(dense(TwoWayLayer), partition='split'),
+            ),
+            level(
+                pool(nn.AvgPool2d),
+                stage(dense(DenseLayer), chs=16, partition='split', transition_chs=8, merge=False),
+            ),
+        ),
+        act_layer=LEAKY,
+    ),
+}
+
+
+def create_stages(name, features_only=False, seed=0, scriptable=None, **kwargs):
+    """One of the networks in eval mode, with random statistics; a list of its maps instead of logits if asked for."""
+    model = CspBackbone(NETWORKS[name], **{'num_classes': 10, **kwargs})
+    if features_only:
+        model = FeatureListNet(model, out_indices=tuple(range(len(NETWORKS[name].levels))))
+    return randomize(model, seed).eval()
+
+
+def form(module):
+    """What decides which code of a module runs: its class, its flags, what its children are."""
+    flags = sorted(k for k, v in vars(module).items() if isinstance(v, bool) and k not in _STATE and v)
+    children = sorted({(re.sub(r'\d+', '', name), kind) for name, kind in _children(module)})
+    return type(module).__name__, tuple(flags), tuple(children)
+
+
+_STATE = {'training', 'grad_checkpointing', 'inplace'}
+_PLAIN = {nn.Sequential, nn.ModuleList}
+
+
+def _children(module):
+    for name, child in module.named_children():
+        if type(child) in _PLAIN:  # what stands in the row
+            yield from ((name, f'{kind}…') for _, kind in _children(child))
+        elif not name.endswith('act'):
+            yield name, _kind(child)
+
+
+def _kind(module):
+    if isinstance(module, nn.Conv2d):
+        kind = 'depthwise' if 1 < module.groups == module.in_channels else 'grouped' if module.groups > 1 else ''
+        return f'{kind} {type(module).__name__}'.strip()
+    if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)) and module.ceil_mode:
+        return f'ceiling {type(module).__name__}'
+    return type(module).__name__
+
+
+def forms(model):
+    """The forms of the package's own modules in a model, but that of the model itself."""
+    return {form(m) for m in model.modules() if m is not model and type(m).__module__.startswith('cspnet_timm.')}

@@ -1,0 +1,148 @@
+"""What walks through a network: compilers, exporters, engines. They see its blocks and stages, whatever its size.
+
+Each runs on the small networks of ``stages.py``; on whole networks, the smallest of each structure, ``-m slow``.
+"""
+import io
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.models import create_model
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from tests.stages import NETWORKS, create_stages, forms
+from tests.zoo import ALL, create, create_short, distance, structure
+
+SIZE = 64
+
+
+def image(batch=2, size=(SIZE, SIZE)):
+    return torch.randn(batch, 3, *size)
+
+
+@pytest.fixture
+def build(network, pytestconfig):
+    """Creates the network of a test."""
+    if network in NETWORKS:
+        return lambda **kwargs: create_stages(network, **kwargs)
+    whole = create if pytestconfig.getoption('--all-models') else create_short
+    return lambda **kwargs: whole(network, **kwargs)
+
+
+def test_every_form_is_there():
+    """A stage or a block that no network of ``stages.py`` has would be seen by no compiler."""
+    known = set().union(*(forms(create_stages(name)) for name in NETWORKS))
+    missing = {f: name for name in ALL for f in forms(timm.create_model(name, device='meta')) - known}
+    assert not missing, f'put into a network of tests/stages.py: {missing}'
+
+
+@pytest.mark.parametrize('features', [False, True])
+def test_torchscript(build, features):
+    model = build(features_only=features, scriptable=True)
+    scripted = torch.jit.script(model)
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    scripted = torch.jit.load(buffer)
+    for size in ((SIZE, SIZE), (96, 128)):
+        x = image(1, size=size)
+        with torch.no_grad():
+            a, b = model(x), scripted(x)
+        for p, q in zip(a, b) if features else [(a, b)]:
+            assert distance(q, p) < 1e-5
+
+
+@pytest.mark.slow
+def test_short_models_are_of_the_structure(model_name):
+    whole, short = create_model(model_name, device='meta').eval(), create_short(model_name)
+    assert structure(short) == structure(whole)
+    assert len(list(short.modules())) <= len(list(whole.modules()))
+    assert [info['num_chs'] for info in short.feature_info] == [
+        m.shape[1] for m in short.forward_intermediates(image(), intermediates_only=True)]
+
+
+def test_fx(build):
+    model = build()
+    traced = torch.fx.symbolic_trace(model)
+    x = image(1)
+    with torch.no_grad():
+        assert distance(traced(x), model(x)) < 1e-6
+
+
+def test_compile(build):
+    model = build()
+    torch._dynamo.reset()  # all models share one forward, and the number of its versions is limited
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            x = image(batch)
+            assert distance(compiled(x), model(x)) < 1e-5
+
+
+def test_compile_for_training(build):
+    """The second batch size makes the graph dynamic, and no other compiles again."""
+    model = build(num_classes=10).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    for i, batch in enumerate((4, 2, 3, 5, 8)):
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            compiled(image(batch)).square().mean().backward()
+
+
+class Everything(nn.Module):
+    """Logits and maps of one model, so that one export shows both."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        features, maps = self.model.forward_intermediates(x)
+        return (self.model.forward_head(features), *maps)
+
+
+def test_export_and_onnx(build, tmp_path):
+    model = Everything(build()).eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    # A map of one pixel would be taken for a constant, and the elastic nets halve the last level's once more.
+    example = (image(2, size=(128, 128)),)
+    program = torch.export.export(model, example, dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+    x = image(3, size=(96, 192))
+    with torch.no_grad():
+        expected, outputs = model(x), program.module()(x)
+    assert len(outputs) == len(expected) >= 5
+    assert all(distance(a, b) < 1e-5 for a, b in zip(outputs, expected))
+
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    path = tmp_path / 'model.onnx'
+    if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 9):
+        torch.onnx.export(program, (), path, dynamo=True, verbose=False)
+    else:  # today's onnxscript no longer fits the exporter of then
+        torch.onnx.export(
+            model, example, path, opset_version=17, input_names=['x'],
+            dynamic_axes={'x': {0: 'batch', 2: 'height', 3: 'width'}})
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert len(outputs) == len(expected)
+    assert all(distance(torch.from_numpy(a), b) < 1e-4 for a, b in zip(outputs, expected))
+
+
+def test_gradient_checkpointing_saves_memory(build):
+    """What a step holds beside parameters and gradients is at most half; of more blocks, less."""
+
+    def peak(checkpointing):
+        model = build(num_classes=10).train()
+        model.set_grad_checkpointing(checkpointing)
+        x = image(2, size=(128, 128))
+        tracker = MemTracker()
+        tracker.track_external(model, x)
+        with tracker:
+            model(x).square().mean().backward()
+        sizes, = tracker.get_tracker_snapshot('peak').values()
+        return sum(size for kind, size in sizes.items() if str(kind).split('.')[-1] in ('ACT', 'TEMP'))
+
+    assert 0 < peak(True) < 0.5 * peak(False)
+
+
