@@ -12,7 +12,6 @@ Writes ``paper.json``, ``paper.md`` and ``paper.png`` (the plot needs ``pip inst
 import argparse
 import json
 import multiprocessing
-import os
 import platform
 import re
 import resource
@@ -31,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cspnet_timm
 from cspnet_timm.deployment.machine import elapsed
+from cspnet_timm.files import replaced_file
 
 
 @dataclass(frozen=True)
@@ -351,12 +351,8 @@ def write_files(writers: Dict[str, Callable[[Path], Any]], folder: Path) -> List
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, writer in writers.items():
-        temporary = folder / f'.{os.getpid()}.{name}'
-        try:
+        with replaced_file(folder / name) as temporary:
             writer(temporary)
-            temporary.replace(folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
     return [folder / name for name in writers]
 
 

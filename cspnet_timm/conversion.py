@@ -5,8 +5,6 @@ network by themselves, and neither runs anything that is in the file.
 """
 import hashlib
 import re
-import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -20,6 +18,7 @@ from .backbone import CspBackbone, StateDict
 from .checkpoints import Checkpoint, CheckpointError, check_modules, open_checkpoint
 from .checkpoints.darknet import NETWORKS
 from .families._builder import WEIGHTS
+from .files import replaced_folder
 from .naming import candidates
 
 __all__ = ['Conversion', 'convert', 'inspect']
@@ -316,7 +315,7 @@ def convert(
     converted = _create(path, name, target)
     published = _published(name, path, sha256)
     origin = f'`{path.name}` ({found}; sha256 `{sha256}`), converted by `cspnet-timm convert`'
-    card: Dict[str, Any] = dict(
+    about = hub.About(
         license=terms['license'],
         card=terms,
         source=f'{published["source"]}: {origin}' if published else origin,
@@ -324,21 +323,15 @@ def convert(
         label_names=list(labels) if labels and len(labels) == converted.num_classes else None,
     )
 
-    temporary = directory.with_name(f'.{directory.name}.{uuid.uuid4().hex[:8]}')
-    try:
-        hub.save(converted, temporary, **card)
+    with replaced_folder(directory) as temporary:
+        hub.save(converted, temporary, about)
         distance = _distance(converted, temporary)
         if not distance <= _TOLERANCE:
             raise CheckpointError(
                 f'{path}: what was written computes something else than what was converted, by {distance:.1e}.')
-        if directory.is_dir():
-            directory.rmdir()  # empty; not every system renames onto it
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     url = ''
     if repo_id is not None:
-        url = str(hub.push(converted, repo_id, **card).commit_url)
+        url = str(hub.push(converted, repo_id, about).commit_url)
     return Conversion(name, directory, found, sha256, terms['license'], distance, url)
 
 

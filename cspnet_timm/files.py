@@ -48,20 +48,19 @@ def replaced_file(path: Union[str, Path]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced_folder(path: Union[str, Path]) -> Iterator[Path]:
+def replaced_folder(path: Union[str, Path], overwrite: bool = False) -> Iterator[Path]:
     """Fill a folder under another name beside its place, and put it there when the block ends without an error.
-
-    Whether a folder that is there may be replaced is for the caller to decide; it is put back if its place cannot be
-    taken.
 
     Args:
         path: The folder.
+        overwrite: Replace one that is there and not empty; it is put back if its place cannot be taken.
 
     Yields:
         The new and empty folder to fill.
 
     Raises:
-        OSError: If it cannot be written; what was there is as it was then.
+        OSError: If it cannot be written, or there is a folder that is not empty, be it only by then; what was there is
+            as it was.
     """
     path = Path(os.path.realpath(Path(path).expanduser()))
     if path.exists() and not path.is_dir():
@@ -73,6 +72,8 @@ def replaced_folder(path: Union[str, Path]) -> Iterator[Path]:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()  # not every system renames onto an empty folder
         if path.exists():
+            if not overwrite:
+                raise FileExistsError(f'{path} is not empty.')
             path.rename(previous)
         try:
             temporary.rename(path)

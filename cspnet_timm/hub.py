@@ -7,9 +7,7 @@ anything is written or sent, what could not be loaded again.
 """
 import json
 import re
-import shutil
-import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -23,8 +21,9 @@ from timm.utils import unwrap_model
 
 from .backbone import CspBackbone
 from .families._builder import WEIGHTS, WeightsInfo
+from .files import replaced_folder
 
-__all__ = ['model_card', 'push', 'save']
+__all__ = ['About', 'model_card', 'push', 'save']
 
 LabelNames = Union[Sequence[str], Mapping[int, str]]
 
@@ -34,58 +33,63 @@ _PACKAGE = __name__.partition('.')[0]
 _MAX_LISTED = 20  # class names that the card lists
 
 
-def model_card(
-        model: nn.Module,
-        *,
-        license: Optional[str] = None,
-        source: Optional[str] = None,
-        data: Optional[str] = None,
-        label_names: Optional[LabelNames] = None,
-        name: Optional[str] = None,
-        card: Optional[Dict[str, Any]] = None,
-        model_config: Optional[Dict[str, Any]] = None,
-        model_args: Optional[Dict[str, Any]] = None,
-) -> str:
-    """Write the model card, as :func:`save` and :func:`push` do.
+@dataclass(frozen=True)
+class About:
+    """What is said of a model in its card and its ``config.json``, beyond what it says of itself.
 
-    Args:
-        model: A model of this package.
+    :func:`model_card`, :func:`save` and :func:`push` take it whole, or its fields by keyword, which replace those of a
+    whole.
+
+    Attributes:
         license: Licence of the weights, by its name on the Hub (``'apache-2.0'``, ``'cc-by-nc-4.0'``, ``'other'``). By
             default that of the pretrained weights that the model was created with; without such it has to be given.
         source: Who trained the weights, or where they come from.
         data: What they were trained on.
         label_names: Name of each class; by default those that the model was loaded with.
-        name: The repository, ``'user/name'``; None for a folder.
         card: Entries of timm's model card (``description``, ``citation``, ``license_link``, …) that replace those
             written here.
         model_config: As timm's ``push_to_hf_hub`` takes it: entries of ``config.json``.
         model_args: Arguments of ``timm.create_model`` that replace those recorded with the model, for those that JSON
             cannot hold: ``{'act_layer': 'relu'}`` for a model that was created with ``act_layer=nn.ReLU``.
+    """
+
+    license: Optional[str] = None
+    source: Optional[str] = None
+    data: Optional[str] = None
+    label_names: Optional[LabelNames] = None
+    card: Optional[Dict[str, Any]] = None
+    model_config: Optional[Dict[str, Any]] = None
+    model_args: Optional[Dict[str, Any]] = None
+
+
+def model_card(model: nn.Module, about: Optional[About] = None, *, name: Optional[str] = None, **fields: Any) -> str:
+    """Write the model card, as :func:`save` and :func:`push` do.
+
+    Args:
+        model: A model of this package.
+        about: What the card says.
+        name: The repository, ``'user/name'``; None for a folder.
+        **fields: Those of :class:`About`, by keyword.
 
     Returns:
         The card in Markdown.
 
     Raises:
-        TypeError: If the model is none of this package, or a feature extractor.
+        TypeError: If the model is none of this package, or a feature extractor; if a keyword is unknown.
         ValueError: If the licence is not known, the labels do not fit, or the model could not be loaded again.
     """
-    export = _prepare(model, license, source, data, label_names, card, model_config, model_args)
+    export = _prepare(model, about, fields)
     return export.readme(name)
 
 
 def save(
         model: nn.Module,
         directory: Union[str, Path],
+        about: Optional[About] = None,
         *,
-        license: Optional[str] = None,
-        source: Optional[str] = None,
-        data: Optional[str] = None,
-        label_names: Optional[LabelNames] = None,
-        card: Optional[Dict[str, Any]] = None,
-        model_config: Optional[Dict[str, Any]] = None,
-        model_args: Optional[Dict[str, Any]] = None,
         data_config: Optional[Dict[str, Any]] = None,
         overwrite: bool = False,
+        **fields: Any,
 ) -> Path:
     """Save a model to a folder that ``timm.create_model('local-dir:…', pretrained=True)`` loads.
 
@@ -96,68 +100,41 @@ def save(
         model: A model of this package, classifier or headless, on any device and in any memory format; it stays as
             it is. EMA, ``DistributedDataParallel`` and ``torch.compile`` are unwrapped.
         directory: The folder.
-        license: As for :func:`model_card`.
-        source: As for :func:`model_card`.
-        data: As for :func:`model_card`.
-        label_names: As for :func:`model_card`.
-        card: As for :func:`model_card`.
-        model_config: As for :func:`model_card`.
-        model_args: As for :func:`model_card`.
+        about: What the card and ``config.json`` say of it.
         data_config: Preprocessing that the model was trained with, where it is not the architecture's.
         overwrite: Replace a model that was saved there before.
+        **fields: Those of :class:`About`, by keyword.
 
     Returns:
         The folder.
 
     Raises:
         FileExistsError: If the folder is not empty, and ``overwrite`` is not given or would delete other files.
-        TypeError: If the model is none of this package, or a feature extractor.
+        TypeError: If the model is none of this package, or a feature extractor; if a keyword is unknown.
         ValueError: If the licence is not known, the labels do not fit, or the model could not be loaded again.
     """
     directory = Path(directory).expanduser().resolve()
-    present = _check_target(directory, overwrite)
-    export = _prepare(model, license, source, data, label_names, card, model_config, model_args)
-    temporary = _beside(directory)
-    try:
-        temporary.mkdir(parents=True)
-        save_for_hf(export.model, str(temporary), model_config=export.config, model_args=export.args,
+    _check_target(directory, overwrite)
+    export = _prepare(model, about, fields)
+    with replaced_folder(directory, overwrite) as folder:
+        save_for_hf(export.model, str(folder), model_config=export.config, model_args=export.args,
                     safe_serialization=True, data_config=data_config)
-        (temporary / 'README.md').write_text(export.readme(), encoding='utf-8')
-        if present:
-            previous = _beside(directory)
-            directory.rename(previous)
-            try:
-                temporary.rename(directory)
-            except OSError:
-                previous.rename(directory)
-                raise
-            shutil.rmtree(previous)
-        else:
-            if directory.is_dir():
-                directory.rmdir()  # empty; not every system renames onto it
-            temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (folder / 'README.md').write_text(export.readme(), encoding='utf-8')
     return directory
 
 
 def push(
         model: nn.Module,
         repo_id: str,
+        about: Optional[About] = None,
         *,
-        license: Optional[str] = None,
-        source: Optional[str] = None,
-        data: Optional[str] = None,
-        label_names: Optional[LabelNames] = None,
-        card: Optional[Dict[str, Any]] = None,
-        model_config: Optional[Dict[str, Any]] = None,
-        model_args: Optional[Dict[str, Any]] = None,
         data_config: Optional[Dict[str, Any]] = None,
         private: bool = False,
         token: Optional[str] = None,
         revision: Optional[str] = None,
         create_pr: bool = False,
         commit_message: str = 'Add model',
+        **fields: Any,
 ) -> CommitInfo:
     """Push a model to the Hub, for ``timm.create_model('hf-hub:user/name', pretrained=True)`` to load.
 
@@ -167,29 +144,24 @@ def push(
     Args:
         model: As for :func:`save`.
         repo_id: The repository, ``'user/name'``; it is created if it does not exist.
-        license: As for :func:`model_card`.
-        source: As for :func:`model_card`.
-        data: As for :func:`model_card`.
-        label_names: As for :func:`model_card`.
-        card: As for :func:`model_card`.
-        model_config: As for :func:`model_card`.
-        model_args: As for :func:`model_card`.
+        about: What the card and ``config.json`` say of it.
         data_config: As for :func:`save`.
         private: Create a repository that only its owner sees.
         token: The owner's token, by default the one that ``hf auth login`` has stored.
         revision: Branch to commit to.
         create_pr: Open a pull request instead of committing to the branch.
         commit_message: First line of the commit's message.
+        **fields: Those of :class:`About`, by keyword.
 
     Returns:
         What the Hub says of the commit, its ``oid`` and ``commit_url``.
 
     Raises:
-        TypeError: If the model is none of this package, or a feature extractor.
+        TypeError: If the model is none of this package, or a feature extractor; if a keyword is unknown.
         ValueError: If the licence is not known, the labels do not fit, or the model could not be loaded again.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses; nothing has been committed then.
     """
-    export = _prepare(model, license, source, data, label_names, card, model_config, model_args)
+    export = _prepare(model, about, fields)
     return push_to_hf_hub(
         export.model,
         repo_id,
@@ -217,11 +189,7 @@ class _Export:
     pretrained: bool
     args: Dict[str, Any]  # as config.json holds them
     config: Dict[str, Any]
-    license: str
-    source: Optional[str]
-    data: Optional[str]
-    label_names: Optional[List[str]]
-    entries: Dict[str, Any]  # the caller's own, for timm's card
+    about: About  # with a licence, and the labels as a list
 
     @property
     def task(self) -> str:
@@ -247,11 +215,11 @@ class _Export:
             details['Output'] = f'{self.model.head_hidden_size} features, no classifier'
         if self.pretrained:
             details['Pretrained weights'] = self._lineage()
-        if self.data or not self.pretrained or self.model.num_classes != cfg.get('num_classes'):
-            details['Training data'] = self.data or 'not stated'
-        if self.source:
-            details['Source'] = self.source
-        details['License'] = self.license
+        if self.about.data or not self.pretrained or self.model.num_classes != cfg.get('num_classes'):
+            details['Training data'] = self.about.data or 'not stated'
+        if self.about.source:
+            details['Source'] = self.about.source
+        details['License'] = self.about.license
         if cfg.get('paper_name'):
             details['Paper'] = f'{cfg["paper_name"]}, {_paper_urls(cfg.get("paper_ids"))}'.rstrip(', ')
         return {
@@ -260,18 +228,20 @@ class _Export:
             'description': f'`{self.architecture}`, a Cross Stage Partial (CSP) backbone of `{_DISTRIBUTION}`.',
             'details': details,
             'usage': self._usage(repo_id),
-            **self.entries,
+            **(self.about.card or {}),
         }
 
     def _license(self) -> Dict[str, str]:
         info = _weights_info(self.pretrained_cfg) if self.pretrained else None
-        return info.terms.card if info is not None and info.license == self.license else {'license': self.license}
+        license = str(self.about.license)
+        return info.terms.card if info is not None and info.license == license else {'license': license}
 
     def _classes(self) -> str:
-        if not self.label_names:
+        if not self.about.label_names:
             return str(self.model.num_classes)
-        names = ', '.join(self.label_names[:_MAX_LISTED])
-        more = ', …' if len(self.label_names) > _MAX_LISTED else ''
+        labels = list(self.about.label_names)  # as they were checked
+        names = ', '.join(labels[:_MAX_LISTED])
+        more = ', …' if len(labels) > _MAX_LISTED else ''
         return f'{self.model.num_classes}: {names}{more} (all in `config.json`)'
 
     def _lineage(self) -> Dict[str, str]:
@@ -302,7 +272,7 @@ class _Export:
         imports = f'import {module}  # registers {self.architecture}\n' if foreign else ''
         return (
             f'timm does not have this architecture by itself; the package `{_DISTRIBUTION}` adds it, and must be '
-            f'installed wherever the model is loaded:\n\n```sh\npip install {_DISTRIBUTION}\n```\n\n'
+            'installed wherever the model is loaded: `pip install .` in a clone of its repository.\n\n'
             'timm finds it without an import. Where that has been turned off (`CSPNET_TIMM_AUTOLOAD=0`, '
             f'`TORCH_DEVICE_BACKEND_AUTOLOAD=0`), or if timm says `Unknown model`, `import {_PACKAGE}` first.\n\n'
             f'```python\nimport timm\n{imports}\n'
@@ -313,16 +283,8 @@ class _Export:
         )
 
 
-def _prepare(
-        model: nn.Module,
-        license: Optional[str],
-        source: Optional[str],
-        data: Optional[str],
-        label_names: Optional[LabelNames],
-        card: Optional[Dict[str, Any]],
-        model_config: Optional[Dict[str, Any]],
-        model_args: Optional[Dict[str, Any]],
-) -> _Export:
+def _prepare(model: nn.Module, about: Optional[About], fields: Dict[str, Any]) -> _Export:
+    about = replace(about or About(), **fields)
     model = unwrap_model(model)
     if not isinstance(model, CspBackbone):
         raise TypeError(
@@ -338,12 +300,12 @@ def _prepare(
             f'architecture {architecture!r} is not registered with timm, and timm loads a model by that name. Register '
             'an entrypoint for it (timm.models.register_model) and create the model by timm.create_model.'
         )
-    license = _check_license(license, cfg, pretrained)
-    config = dict(model_config or {})
-    names = _check_label_names(label_names, config, cfg, model.num_classes)
+    about = replace(about, license=_check_license(about.license, cfg, pretrained))
+    config = dict(about.model_config or {})
+    names = _check_label_names(about.label_names, config, cfg, model.num_classes)
     if names is not None:
         config['label_names'] = names
-    args = get_model_args(model, {**config.pop('model_args', {}), **(model_args or {})})
+    args = get_model_args(model, {**config.pop('model_args', {}), **(about.model_args or {})})
     for key, value in args.items():
         try:
             json.dumps(value)
@@ -353,13 +315,14 @@ def _prepare(
                 f'e.g. model_args={{{key!r}: \'…\'}} with the name that timm knows it by.'
             ) from error
 
-    about: Dict[str, Any] = {'license': license}
-    described = [f'Trained on {data}.' if data else '', f'Source: {source}.' if source else '']
+    written: Dict[str, Any] = {'license': about.license}
+    described = [
+        f'Trained on {about.data}.' if about.data else '', f'Source: {about.source}.' if about.source else '']
     if any(described):
-        about['description'] = ' '.join(filter(None, described))
+        written['description'] = ' '.join(filter(None, described))
     if not pretrained:
-        about['tag'] = None  # the model holds none of the weights that the tag stands for
-    config['pretrained_cfg'] = {**about, **config.get('pretrained_cfg', {})}
+        written['tag'] = None  # the model has none of the weights that the tag stands for
+    config['pretrained_cfg'] = {**written, **config.get('pretrained_cfg', {})}
     return _Export(
         model=_copy(model, architecture, args),
         architecture=architecture,
@@ -367,11 +330,7 @@ def _prepare(
         pretrained=pretrained,
         args=args,
         config=config,
-        license=license,
-        source=source,
-        data=data,
-        label_names=names,
-        entries=dict(card or {}),
+        about=replace(about, label_names=names),
     )
 
 
@@ -457,19 +416,15 @@ def _paper_urls(paper_ids: Union[str, Sequence[str], None]) -> str:
     return ', '.join(f'https://arxiv.org/abs/{i.partition(":")[2]}' for i in ids if i.startswith('arXiv:'))
 
 
-def _beside(directory: Path) -> Path:
-    return directory.with_name(f'.{directory.name}.{uuid.uuid4().hex[:8]}')
-
-
-def _check_target(directory: Path, overwrite: bool) -> bool:
-    """Whether there is a model at the directory's place, to be replaced."""
+def _check_target(directory: Path, overwrite: bool) -> None:
+    """Accept what is not there, an empty folder, and a model that may be replaced."""
     if not directory.exists():
-        return False
+        return
     if not directory.is_dir():
         raise FileExistsError(f'{directory} is a file, a model is saved to a folder.')
     files = sorted(entry.name for entry in directory.iterdir())
     if not files:
-        return False
+        return
     if not overwrite:
         raise FileExistsError(
             f'{directory} is not empty, it holds {files[0]}: pass overwrite=True to replace a saved model.')
@@ -479,4 +434,3 @@ def _check_target(directory: Path, overwrite: bool) -> bool:
             f'{directory} holds {others[0]}, which is none of {", ".join(_FILES)}: overwrite=True replaces a saved '
             'model, and would delete it.'
         )
-    return True

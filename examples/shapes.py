@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
+from cspnet_timm.files import replaced_file
+
 SIZE = 64
 CLASSES = (  # shape, texture, half of the image
     ('disc', 'rows', 'left'), ('disc', 'rows', 'right'), ('disc', 'columns', 'left'), ('disc', 'columns', 'right'),
@@ -166,6 +168,5 @@ def write_images(images: List[torch.Tensor], path: Path, columns: int) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     grid = make_grid(images, columns, padding=4, pad_value=255).permute(1, 2, 0).numpy()
-    temporary = path.with_name(f'.{path.name}')
-    Image.fromarray(grid).save(temporary, 'png', optimize=True)
-    temporary.replace(path)
+    with replaced_file(path) as temporary:
+        Image.fromarray(grid).save(temporary, 'png', optimize=True)

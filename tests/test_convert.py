@@ -179,10 +179,10 @@ def test_what_was_written_is_compared(tmp_path, monkeypatch):
     path, _, _ = write('yolox_nano', tmp_path)
     save = conversion.hub.save
 
-    def save_damaged(model, directory, **kwargs):
+    def save_damaged(model, directory, about):
         with torch.no_grad():
             model.layer2.down.pointwise.conv.weight.mul_(1.01)
-            save(model, directory, **kwargs)
+            save(model, directory, about)
             model.layer2.down.pointwise.conv.weight.div_(1.01)
 
     monkeypatch.setattr(conversion.hub, 'save', save_damaged)

@@ -199,7 +199,7 @@ def test_push_and_pull(client, hub, repo, tmp_path, name):
     assert len(changed) == 3, changed  # the first convolution, and the classifier's weight and bias
     card = files['README.md'].decode()
     assert f'create_model(\'hf-hub:{repo}\', pretrained=True)' in card
-    for line in ('license: mit', 'pip install cspnet-timm', f'`{name}`', 'drawn images'):
+    for line in ('license: mit', '`pip install .` in a clone', f'`{name}`', 'drawn images'):
         assert line in card
 
 

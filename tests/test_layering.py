@@ -14,8 +14,8 @@ ALLOWED['checkpoints'] = set()  # readers know modules and containers, and no fa
 ALLOWED['sources'] = set()
 ALLOWED['naming'] = {*LAYERS, 'checkpoints', 'sizes'}
 ALLOWED['families'] = {*LAYERS, 'checkpoints', 'naming', 'sources'}
-ALLOWED['deployment'] = set(LAYERS)  # likewise
-ALLOWED['autoload'] = set()
+ALLOWED['deployment'] = {*LAYERS, 'files'}  # likewise
+ALLOWED['autoload'] = ALLOWED['files'] = set()
 ALLOWED['sizes'] = ALLOWED['feature_image'] = set()
 ALLOWED['counting'] = {'sizes'}
 

@@ -1,7 +1,6 @@
 """A deployed network: calling it, writing it into one file, reading that file with suspicion."""
 import json
 import math
-import os
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Dict, List, NoReturn, Optional, Tuple, Union
 
 import torch
 
+from ..files import replaced_file
 from .backends import BACKENDS, Arrangement, Backend, Runner
 from .checks import check_input, require
 from .machine import PRECISIONS
@@ -87,17 +87,11 @@ class Deployed:
         Args:
             path: The file; one that exists is replaced when the new one is whole.
         """
-        path = Path(path)
         meta = dict(format=FORMAT, single=self._single, device=self.device.type, report=asdict(self.report))
-        temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-        try:
-            with zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive:
-                archive.writestr('deploy.json', json.dumps(meta, indent=1))
-                for name, content in self._converted.parts().items():
-                    archive.writestr(name, content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replaced_file(path) as temporary, zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive:
+            archive.writestr('deploy.json', json.dumps(meta, indent=1))
+            for name, content in self._converted.parts().items():
+                archive.writestr(name, content)
 
     @staticmethod
     def load(
