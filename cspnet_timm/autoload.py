@@ -41,7 +41,7 @@ def install() -> None:
         disabled = os.environ.get('CSPNET_TIMM_AUTOLOAD', '1').strip().lower() in ('0', 'false', 'no', 'off')
         if not disabled and f'{_PACKAGE}.families' not in sys.modules and not _watching():
             sys.meta_path.insert(0, _Finder())
-        if _is_loaded(_PACKAGE):
+        if _is_loaded(_PACKAGE) and not is_command():
             # torch has imported the package to get here, which has registered nothing. Forget it, so that the user's
             # own import of it runs, and does.
             for name in [m for m in sys.modules if m == _PACKAGE or m.startswith(f'{_PACKAGE}.')]:

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
+from .autoload import register
+
 if TYPE_CHECKING:
     from .sizes import ModelSize
 
@@ -32,9 +34,6 @@ def check_model_name(name: str) -> None:
     import timm
     from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 
-    from . import register
-
-    register()
     names = timm.list_models('cspnet_*')
     architecture, tag = split_model_name_tag(name)
     if architecture not in names:
@@ -54,11 +53,9 @@ def _entries(pattern: str) -> List[Dict[str, Any]]:
     import timm
     from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 
-    from . import register
     from .families import WEIGHTS
     from .sizes import model_sizes
 
-    register()
     glob = pattern.lower()
     globs = (glob, f'cspnet_{glob}') if any(c in glob for c in '*?[') else (f'*{glob}*',)
     names = [n for n in timm.list_models('cspnet_*') if any(fnmatch.fnmatchcase(n, glob) for glob in globs)]
@@ -123,11 +120,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _features(args: argparse.Namespace) -> None:
-    if args.model.startswith(('local-dir:', 'hf-hub:')):
-        from . import register
-
-        register()
-    else:
+    if not args.model.startswith(('local-dir:', 'hf-hub:')):
         check_model_name(args.model)
     from .features import create_extractor, draw_features, find_images, output_paths
 
@@ -254,6 +247,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
         for noisy in ('httpx', 'httpcore', 'urllib3'):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        register()
         args.run(args)
         sys.stdout.flush()
     except UserError as error:

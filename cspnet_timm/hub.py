@@ -239,7 +239,7 @@ class _Export:
     def _classes(self) -> str:
         if not self.about.label_names:
             return str(self.model.num_classes)
-        labels = list(self.about.label_names)  # as they were checked
+        labels = [str(name) for name in self.about.label_names]
         names = ', '.join(labels[:_MAX_LISTED])
         more = ', …' if len(labels) > _MAX_LISTED else ''
         return f'{self.model.num_classes}: {names}{more} (all in `config.json`)'
