@@ -10,8 +10,8 @@ import torch.nn as nn
 from timm.models import reparameterize_model
 
 from cspnet_timm.deployment.native import NativeEngine, Plan, UnsupportedNetwork, build, calibrate, lower, unavailable
-from cspnet_timm.deployment.native import engine as engine_module
 from cspnet_timm.deployment.native.calibrate import evaluate
+from cspnet_timm.deployment.native.tuning import Tuning
 
 from .zoo import create, distance, randomize, representatives
 
@@ -342,11 +342,10 @@ class Scaled(nn.Module):
 
 @runs_here
 @pytest.mark.parametrize('precision', ['bfloat16', 'int8'])
-def test_a_map_scaled_by_its_own_mean(precision, monkeypatch):
+def test_a_map_scaled_by_its_own_mean(precision):
     """By bands of rows, as at the sizes of use: the one pixel has no rows to go by."""
-    monkeypatch.setattr(engine_module, 'BAND_BYTES', 20 << 10)
     model, x = randomize(Scaled()).eval(), images(4, 3, 64, 64)
-    engine = NativeEngine(calibrate(lower(model, x), [x]), 2, precision)
+    engine = NativeEngine(calibrate(lower(model, x), [x]), 2, precision, Tuning(band=20 << 10))
     with torch.no_grad():
         expected = model(x)
     for n in (1, 2, 3, 4):
@@ -475,14 +474,9 @@ def test_compiler_that_fails(monkeypatch, tmp_path):
 @runs_here
 @pytest.mark.usefixtures('level')
 def test_images_joined_with_maps():
-    """Where the engine multiplies in tiles it keeps images in bfloat16, and says so; else they are bytes as well."""
+    """Where the engine multiplies in tiles it keeps images in bfloat16, but beside maps in bytes."""
     model, x = randomize(JoinsItsInput()).eval(), images(1, 4, 8, 8)
-    _, plan = check(model, x)[0], lower(model, x)
-    if build.library().csp_tiles():
-        with pytest.raises(UnsupportedNetwork, match='cannot concatenate maps in bytes with others'):
-            NativeEngine(calibrate(plan, [x]), 1, 'int8')
-    else:
-        check_bytes(model, x, plan, 0.02)
+    check_bytes(model, x, check(model, x)[0].plan, 0.02)
 
 
 @runs_here

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Optional, Sequence, Tuple
 
 from ..machine import cpp_compiler
+from .records import compare
 
 __all__ = ['cache_dir', 'has_bfloat16', 'library', 'unavailable']
 
-SOURCE = Path(__file__).with_name('engine.cpp')
+SOURCES = Path(__file__).with_name('cpp')
 FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC', '-pthread', '-fno-math-errno']
 # What the engine is compiled for, as the kernel calls it: all of the first, and of the others what there is.
 NEEDED = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_vnni', 'fma')
@@ -75,14 +76,16 @@ def _load(path: str) -> ctypes.CDLL:
     lib = ctypes.CDLL(path)
     i64, pointer, whole = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     for name, result, arguments in (
-            ('csp_record', whole, []), ('csp_tiles', whole, []), ('csp_permission', whole, []),
+            ('csp_description', ctypes.c_char_p, []), ('csp_tiles', whole, []), ('csp_permission', whole, []),
             ('csp_alloc', pointer, [i64]), ('csp_free', None, [pointer]), ('csp_team', pointer, [whole]),
             ('csp_team_free', None, [pointer]), ('csp_team_pid', whole, [pointer]),
-            ('csp_program', pointer, [pointer, i64, i64, i64]), ('csp_steps', None, [pointer, pointer, i64]),
+            ('csp_program', pointer, [pointer, i64, i64, i64, i64]),
+            ('csp_reserve', whole, [pointer, pointer]), ('csp_steps', None, [pointer, pointer, i64]),
             ('csp_program_free', None, [pointer]), ('csp_run', None, [pointer, pointer, i64]),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
+    compare(lib.csp_description().decode())
     return lib
 
 
@@ -106,7 +109,8 @@ def _compiled(units: Sequence[str]) -> ctypes.CDLL:
         raise RuntimeError('The native engine is compiled on the machine it runs on, and no C++ compiler was found '
                            '(g++, c++, clang++ or $CXX).')
     command = [*compiler, *FLAGS, *(f'-m{u.replace("_", "-" if "amx" in u else "")}' for u in units)]
-    made_of = [SOURCE.read_bytes(), shlex.join(command).encode(), _version(tuple(compiler))]
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in ('.cpp', '.h'))
+    made_of = [*(path.read_bytes() for path in sources), shlex.join(command).encode(), _version(tuple(compiler))]
     key = hashlib.sha256(b'\0'.join(made_of)).hexdigest()[:24]
     path = cache_dir() / f'engine-{key}.so'
     if not path.exists():
@@ -118,7 +122,8 @@ def _compiled(units: Sequence[str]) -> ctypes.CDLL:
                                'Set CSPNET_TIMM_CACHE to a folder of yours.') from error
         os.close(handle)
         try:
-            done = subprocess.run([*command, str(SOURCE), '-o', temporary], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, str(SOURCES / 'engine.cpp'), '-o', temporary], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f'The native engine could not be compiled by {shlex.join(compiler)}: '
                                    f'{(done.stderr.strip().splitlines() or ["no message"])[0][:300]}')

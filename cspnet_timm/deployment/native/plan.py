@@ -260,6 +260,17 @@ def pooled(size: int, kernel: int, stride: int, pad: int, ceil: bool) -> int:
     return out - 1 if ceil and (out - 1) * stride >= size + pad else out
 
 
+def nearest(size: int, out: int) -> List[int]:
+    """The row that each row of an enlarged map takes, by PyTorch's rule, which multiplies in float32.
+
+    Args:
+        size: Rows of the map.
+        out: Rows of the enlarged one.
+    """
+    rows = torch.arange(size, dtype=torch.float32).view(1, 1, size, 1)
+    return torch.nn.functional.interpolate(rows, size=(out, 1)).flatten().int().tolist()
+
+
 def _integer(value: Any, where: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f'The plan\'s field {where} is {str(value)[:40]!r}, not a whole number from {low} to {high}.')
