@@ -198,8 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         'features', help='what each level of a model makes of images',
         description='Print the shape, stride and channels of each level, and draw the channels of each that vary most '
-                    'over the image. The released weights are used if they are in the cache or their host answers '
-                    'within seconds, else random ones.')
+                    'over the image. The released weights are used if they are on this machine or a host that has '
+                    'them answers within seconds, else random ones.')
     command.add_argument('images', nargs='+', metavar='IMAGE', help='images that Pillow reads, or folders of them')
     command.add_argument(
         '--model', required=True, metavar='NAME',

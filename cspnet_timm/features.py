@@ -3,11 +3,10 @@ import os
 import re
 import sys
 import threading
-import urllib.request
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 import timm
 import torch
@@ -15,15 +14,14 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from huggingface_hub.utils import tqdm
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.models import PretrainedCfg, _hub
 
+from .families import WEIGHTS
 from .feature_image import feature_image
 from .files import replaced_file
+from .sources import ANSWER_SECONDS, is_offline
 
-__all__ = ['create_extractor', 'draw_features', 'find_images', 'output_paths', 'why_not_at_hand']
+__all__ = ['create_extractor', 'draw_features', 'find_images', 'output_paths']
 
-PATIENCE = 5.  # seconds within which a host has to answer
-_HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 _FEW = 3  # images of which every level is printed, even where they are drawn
 
 
@@ -88,64 +86,36 @@ def output_paths(images: Sequence[Path], directory: Path, model: str) -> List[Pa
     return [directory / name.with_name(f'{name.name}.{of_model}.png') for name in names]
 
 
-def _cached(cfg: PretrainedCfg) -> bool:
-    if cfg.hf_hub_id:
-        repo_id, _, revision = cfg.hf_hub_id.partition('@')
-        names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else _HUB_FILES
-        return any(isinstance(try_to_load_from_cache(repo_id, name, revision=revision or None), str) for name in names)
-    return (Path(_hub.get_cache_dir()) / Path(urlparse(str(cfg.url)).path).name).is_file()
+def _has_weights(name: str) -> bool:
+    cfg: Any = timm.get_pretrained_cfg(name)
+    return f'{cfg.architecture}.{cfg.tag}' in WEIGHTS
 
 
-def _request(repo_id: str, filename: str, url: str) -> None:
-    if not repo_id:
-        with urllib.request.urlopen(url, timeout=PATIENCE):  # not by HEAD, which some hosts refuse; nothing is read
-            return
+def _silent(repo_id: str) -> str:
+    """Why a repository's config does not come from the Hub within seconds; '' if it does, or is there already."""
     repo_id, _, revision = repo_id.partition('@')
-    get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision or None), timeout=PATIENCE)
-
-
-def _silent(repo_id: str = '', filename: str = _HUB_FILES[0], url: str = '') -> str:
-    """Why a file does not come from its host within seconds; '' if it does."""
-    host = urlparse(url or hf_hub_url(repo_id, filename)).netloc
-    if repo_id and os.environ.get('HF_HUB_OFFLINE', '').strip().upper() in ('1', 'TRUE', 'YES', 'ON'):
+    if isinstance(try_to_load_from_cache(repo_id, 'config.json', revision=revision or None), str):
+        return ''
+    if is_offline():
         return 'HF_HUB_OFFLINE is set'
-    why: List[str] = [f'{host} does not answer within {PATIENCE:.0f} s']
+    url = hf_hub_url(repo_id, 'config.json', revision=revision or None)
+    host = urlsplit(url).netloc
+    why = [f'{host} does not answer within {ANSWER_SECONDS} s']
 
     def ask() -> None:
         try:
-            _request(repo_id, filename, url)
+            get_hf_file_metadata(url, timeout=ANSWER_SECONDS)
         except Exception as error:  # of a network, almost anything
-            status = getattr(getattr(error, 'response', None), 'status_code', getattr(error, 'code', None))
-            why[0] = f'{host} answers with {status}' if status else f'{host} is not reached'
+            status = getattr(getattr(error, 'response', None), 'status_code', None)
+            why[0] = f'{host} answers {status}' if status else f'{host} cannot be reached'
         else:
             why[0] = ''
 
     # A thread, because looking up a name has no time limit of its own.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(ANSWER_SECONDS)
     return why[0]
-
-
-def why_not_at_hand(name: str) -> str:
-    """Why a model's released weights are not to be had within seconds.
-
-    Args:
-        name: The model, ``'cspnet_small'`` or ``'cspnet_small.tag'``.
-
-    Returns:
-        Half a sentence, or '' if they are in the cache or their host answers.
-    """
-    cfg: Any = timm.get_pretrained_cfg(name)
-    if not cfg.has_weights:
-        if cfg.origin_url:
-            return f'those of {name} ({cfg.license}) are not downloaded, --file takes yours'
-        return f'there are no others for {name}'
-    if _cached(cfg):
-        return ''
-    if cfg.hf_hub_id:
-        return _silent(cfg.hf_hub_id, cfg.hf_hub_filename or _HUB_FILES[0])
-    return _silent(url=str(cfg.url))
 
 
 def create_extractor(
@@ -158,8 +128,8 @@ def create_extractor(
     Args:
         name: The model, ``'local-dir:FOLDER'`` or ``'hf-hub:USER/NAME'``.
         file: A file with its weights, of any kind that the package reads.
-        pretrained: True for the released weights, False for random ones; by default the released ones if they are in
-            the cache or their host answers within seconds.
+        pretrained: True for the released weights, False for random ones; by default the released ones if they are on
+            this machine or a host that has them answers within seconds.
 
     Returns:
         The extractor, and what weights it has, in a line.
@@ -171,17 +141,17 @@ def create_extractor(
     source, _, place = name.partition(':') if ':' in name else ('', '', '')
     if source == 'local-dir' and not (Path(place) / 'config.json').is_file():
         raise ValueError(f'{name}: there is no config.json in this folder.')
-    if source == 'hf-hub' and not isinstance(try_to_load_from_cache(place.partition('@')[0], 'config.json'), str):
-        silent = _silent(place, 'config.json')
-        if silent:
-            raise ValueError(f'{name}: cannot be downloaded, {silent}.')
+    if source == 'hf-hub' and (silent := _silent(place)):
+        raise ValueError(f'{name}: cannot be downloaded, {silent}.')
     if file is not None:
         if not Path(file).is_file():
             raise ValueError(f'--file {file}: there is no such file.')
         kwargs['pretrained_cfg_overlay'] = {'file': str(file)}
-    why_random = 'as asked for' if pretrained is False else ''
-    if pretrained is None and not source and file is None:
-        why_random = why_not_at_hand(name)
+    why_random = ''
+    if pretrained is False:
+        why_random = 'as asked for'
+    elif pretrained is None and not source and file is None and not _has_weights(name):
+        why_random = f'there are no others for {name}'
     if not why_random:
         try:
             model: Any = timm.create_model(name, pretrained=True, features_only=True, **kwargs)
@@ -189,7 +159,7 @@ def create_extractor(
             message = f'{name}: {" ".join(str(error).split())}'
             if pretrained or source or file is not None:
                 raise ValueError(message[:1000]) from error
-            why_random = f'loading the released ones failed ({message[:300]})'
+            why_random = 'the released ones are not at hand, --pretrained says why'
         else:
             cfg = model.pretrained_cfg
             tag = cfg.get('tag')

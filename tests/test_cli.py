@@ -4,11 +4,9 @@ import io
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ import torch
 from PIL import Image
 
 import cspnet_timm
-from cspnet_timm import features
 from cspnet_timm.cli import main
 from cspnet_timm.counting import count_macs, count_parameters
 from cspnet_timm.feature_image import most_varied_channels
@@ -163,29 +160,26 @@ def test_no_two_drawings_have_one_name(tmp_path):
 
 def test_which_weights(tmp_path, capsys, monkeypatch):
     """Released ones where they are at hand, random ones where they are not or were asked for."""
-    monkeypatch.setattr(timm.models._hub, 'get_cache_dir', lambda *_: str(tmp_path))
-    monkeypatch.setattr(features, 'PATIENCE', 0.5)
+    monkeypatch.setenv('CSPNET_TIMM_WEIGHTS', str(tmp_path))  # HF_HUB_OFFLINE is set by conftest.py
     run = ['features', str(SAMPLE), '--model']
-    assert main([*run, 'cspnet_nano']) == 0
-    assert 'cspnet_nano: random weights: there are no others for cspnet_nano' in capsys.readouterr().out
-    assert main([*run, 'cspnet_yolov8n']) == 0
-    assert 'those of cspnet_yolov8n (agpl-3.0) are not downloaded, --file takes yours' in capsys.readouterr().out
-    # No host: a connection that is refused, and one that is taken and never answered.
-    cfg = timm.get_pretrained_cfg('cspnet_yolox_nano')
-    with socket.create_server(('127.0.0.1', 0)) as silent:
-        for port, why in ((silent.getsockname()[1], 'does not answer'), (1, 'is not reached')):
-            url = f'http://127.0.0.1:{port}/yolox_nano.pth'
-            monkeypatch.setattr(timm, 'get_pretrained_cfg', lambda _, url=url: replace(cfg, url=url))
-            assert main([*run, 'cspnet_yolox_nano']) == 0
-            assert f'random weights: 127.0.0.1:{port} {why}' in capsys.readouterr().out
-    # In the cache, and by a file.
+    for arguments, line in (
+            (['cspnet_nano'], 'cspnet_nano: random weights: there are no others for cspnet_nano'),
+            (['cspnet_yolov8n'], 'cspnet_yolov8n: random weights: the released ones are not at hand, --pretrained '),
+            (['cspnet_yolox_nano'], 'cspnet_yolox_nano: random weights: the released ones are not at hand, '),
+            (['cspnet_yolox_nano', '--random'], 'cspnet_yolox_nano: random weights: as asked for')):
+        assert main([*run, *arguments]) == 0
+        assert capsys.readouterr().out.startswith(line)
+    assert main([*run, 'cspnet_yolox_nano', '--pretrained']) == 2
+    assert 'not asked, since HF_HUB_OFFLINE is set' in capsys.readouterr().err
     info, state_dict, _, _ = load_fixture('yolox_nano')
-    foreign.write('yolox_nano', tmp_path / 'yolox_nano.pth', state_dict, info)
-    for file in ([], ['--file', str(tmp_path / 'yolox_nano.pth')]):
-        assert main([*run, 'cspnet_yolox_nano', *file]) == 0
-        assert 'cspnet_yolox_nano: weights of ' in capsys.readouterr().out
-    assert main([*run, 'cspnet_yolox_nano', '--random']) == 0
-    assert 'random weights: as asked for' in capsys.readouterr().out
+    foreign.write('yolox_nano', tmp_path / 'cspnet_yolox_nano.coco.pth', state_dict, info)
+    for arguments, weights in (
+            ([], 'cspnet_yolox_nano.coco'), (['--pretrained'], 'cspnet_yolox_nano.coco'),
+            (['--file', str(tmp_path / 'cspnet_yolox_nano.coco.pth')], tmp_path / 'cspnet_yolox_nano.coco.pth')):
+        assert main([*run, 'cspnet_yolox_nano', *arguments]) == 0
+        assert capsys.readouterr().out.startswith(f'cspnet_yolox_nano: weights of {weights}\n')
+    assert main([*run, 'hf-hub:user/name']) == 2
+    assert 'hf-hub:user/name: cannot be downloaded, HF_HUB_OFFLINE is set' in capsys.readouterr().err
 
 
 def test_features_of_a_folder_of_weights(tmp_path, capsys):
