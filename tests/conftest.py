@@ -45,6 +45,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize('network', [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in whole)])
 
 
+@pytest.fixture
+def build(network, pytestconfig):
+    """Creates the network of a test that asks for ``network``: a small one of ``stages.py``, or a whole one."""
+    from tests import stages, zoo
+    if network in stages.NETWORKS:
+        return lambda **kwargs: stages.create_stages(network, **kwargs)
+    whole = zoo.create if pytestconfig.getoption('--all-models') else zoo.create_short
+    return lambda **kwargs: whole(network, **kwargs)
+
+
 # Order: what takes long comes first, or it would leave the other processes idle at the end.
 
 LONG = ('test_examples.py', 'test_timm_suite.py', 'test_speed.py', 'test_readme.py', 'test_distributed.py')

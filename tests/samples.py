@@ -11,6 +11,3 @@ FAMILIES = (
     'cspnet_yolov8n',
     'cspnet_yolo11n',
 )
-
-# Where each run takes seconds: one of the package's own, one of the paper, one of a detector.
-SCRIPT_FAMILIES = ('cspnet_nano', 'cspnet_mobilenetv2', 'cspnet_rtmdet_nano')

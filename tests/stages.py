@@ -158,12 +158,14 @@ NETWORKS = {
                 stage(concatenated(lambda chs, args: stage(row(dark), chs, fusion='first')(chs, args)), fusion='first'),
                 lambda chs, args: SpatialPyramidPool(chs, chs, **args.layers),
                 lambda chs, args: SpatialPyramidPool(chs, chs, shortcut=True, **args.layers),
-                stage(row(attention), fusion='first'),
             ),
         ),
         bn_eps=1e-3,
         head=functools.partial(ConvHead, hidden_size=24),
     ),
+    # By itself, because the native engine has none.
+    'attention': BackboneCfg(levels=(stem(3), level(down()), level(down()), level(
+        down(), stage(row(attention), fusion='first')))),
     # The paper's: bottlenecks, inverted residuals, elastic and dense blocks, channels that are split.
     'paper': BackboneCfg(
         levels=(

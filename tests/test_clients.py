@@ -1,7 +1,7 @@
 """The libraries that take a backbone from timm, with a model of each family: forward, and backward to every parameter.
 
-What each needs is in the extra ``clients``; a test whose library is missing is skipped. The snippets of docs/clients.md
-run here as well.
+What each needs is in the extra ``clients``, but fastai and anomalib, which bring too much; a test whose library is
+missing is skipped. The snippets of docs/clients.md run here as well.
 """
 import importlib.util
 import math
@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2
 
-from tests.samples import FAMILIES, SCRIPT_FAMILIES
+from tests.samples import FAMILIES
+from tests.stages import NETWORKS, create_stages
 
 DOCS = Path(__file__).parents[1] / 'docs' / 'clients.md'
 
@@ -22,7 +23,13 @@ DOCS = Path(__file__).parents[1] / 'docs' / 'clients.md'
 PYRAMIDS = [name for name in FAMILIES if name != 'cspnet_tutorial']
 pyramids = pytest.mark.parametrize('name', PYRAMIDS)
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # what the libraries warn of is theirs
+# What walks through a network sees the same in these as in all of them.
+stages = pytest.mark.parametrize('name', NETWORKS)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings('ignore'),  # what the libraries warn of is theirs
+]
 
 
 def needs(*libraries):
@@ -67,11 +74,12 @@ def images(batch=2, size=64, channels=3):
 # segmentation-models-pytorch
 
 @needs('segmentation_models_pytorch')
-@pytest.mark.parametrize('decoder, kwargs', [
-    ('Unet', {}), ('FPN', {}), ('DeepLabV3Plus', dict(encoder_output_stride=16)),
-    ('DeepLabV3Plus', dict(encoder_output_stride=8)), ('Unet', dict(in_channels=4)),
+@pytest.mark.parametrize('name, decoder, kwargs', [
+    *((name, 'Unet', {}) for name in PYRAMIDS),
+    *((name, 'DeepLabV3Plus', dict(encoder_output_stride=8)) for name in PYRAMIDS),
+    ('cspnet_nano', 'FPN', {}), ('cspnet_nano', 'DeepLabV3Plus', dict(encoder_output_stride=16)),
+    ('cspnet_nano', 'Unet', dict(in_channels=4)),
 ], ids=str)
-@pyramids
 def test_smp(name, decoder, kwargs):
     import segmentation_models_pytorch as smp
 
@@ -205,8 +213,9 @@ def pyramid(name, layers, extra):
         model, {layer: str(i) for i, layer in enumerate(layers)}, [channels[layer] for layer in layers], 64, extra(64))
 
 
-@pytest.mark.parametrize('detector', ['RetinaNet', 'FCOS', 'FasterRCNN'])
-@pyramids
+@pytest.mark.parametrize('name, detector', [
+    *((name, 'FasterRCNN') for name in PYRAMIDS), ('cspnet_nano', 'RetinaNet'), ('cspnet_nano', 'FCOS'),
+])
 def test_torchvision_detection(name, detector):
     from torchvision.models import detection
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -393,7 +402,7 @@ class Maps(nn.Module):
 
     def __init__(self, name):
         super().__init__()
-        self.model = timm.create_model(name, num_classes=5)
+        self.model = create_stages(name, num_classes=5)
 
     def forward(self, x):
         features, maps = self.model.forward_intermediates(x)
@@ -409,11 +418,11 @@ def assert_same(found, expected):
 
 SIZES = [(2, 64, 64), (1, 96, 64), (3, 64, 128)]
 
-# ONNX Runtime has classifier and maps of every structure in tests/test_models.py.
+# ONNX Runtime has them in tests/test_stages.py.
 
 
 @needs('openvino')
-@pyramids
+@stages
 def test_openvino(name):
     import openvino
 
@@ -440,11 +449,11 @@ def signal_to_noise(found, expected):
 
 
 @needs('torchao')
-@pyramids
+@stages
 def test_pt2e_static_int8(name):
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    model = seeded(lambda: timm.create_model(name, num_classes=5)).eval()
+    model = seeded(lambda: create_stages(name)).eval()
     prepared = prepare_pt2e(torch.export.export(model, (images(),)).module(), quantizer(qat=False))
     prepared(images())
     converted = convert_pt2e(prepared)
@@ -456,12 +465,12 @@ def test_pt2e_static_int8(name):
 
 
 @needs('torchao')
-@pyramids
-def test_pt2e_qat(name, pytestconfig, monkeypatch):
+@stages
+def test_pt2e_qat(name, monkeypatch):
     from torchao.quantization.pt2e import move_exported_model_to_eval, qat_utils
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
-    model = timm.create_model(name, num_classes=5)
+    model = create_stages(name).train()
     prepared = prepare_qat_pt2e(torch.export.export(model, (images(),)).module(), quantizer(qat=True))
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
     for _ in range(2):
@@ -477,15 +486,14 @@ def test_pt2e_qat(name, pytestconfig, monkeypatch):
         monkeypatch.setattr(
             qat_utils, '_fold_conv_bn_qat_helper',
             lambda m, conv, *args, **kwargs: fold(m, conv, *args, **kwargs) if conv is nn.functional.conv2d else m)
-    if name in SCRIPT_FAMILIES or pytestconfig.getoption('--all-models'):  # it takes its time nevertheless
-        converted = convert_pt2e(prepared)
-        move_exported_model_to_eval(converted)
-        assert converted(images()).isfinite().all()
-        # Every convolution, with the batch norm behind it folded into it, is quantised.
-        targets = [str(node.target) for node in converted.graph.nodes]
-        convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
-        assert sum('dequantize_per_channel' in target for target in targets) >= convolutions
-        assert not any('batch_norm' in target for target in targets)
+    converted = convert_pt2e(prepared)
+    move_exported_model_to_eval(converted)
+    assert converted(images()).isfinite().all()
+    # Every convolution, with the batch norm behind it folded into it, is quantised.
+    targets = [str(node.target) for node in converted.graph.nodes]
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert sum('dequantize_per_channel' in target for target in targets) >= convolutions
+    assert not any('batch_norm' in target for target in targets)
 
 
 # The table

@@ -56,8 +56,8 @@ def differences(a, b):
 # Forms
 
 
-def test_forms(model_name):
-    model = reparameterize_model(create(model_name))
+def test_forms(build):
+    model = reparameterize_model(build())
     keys = list(model.state_dict())
     x = image()
     with torch.no_grad():
@@ -174,11 +174,11 @@ def test_features(backend):
     assert max(differences(outputs, expected)) < BOUNDS[precision]
 
 
-def test_every_structure(model_name, create_short, monkeypatch):
-    """Logits of every structure, in the precision that is chosen by default."""
+def test_every_stage(build, monkeypatch):
+    """Every block and stage, in the precision that is chosen by default."""
     needs('openvino')
     monkeypatch.setattr(search, 'FORMS', {})  # test_forms has them
-    model = create_short(model_name)
+    model = build()
     deployed = quick(model, image(1), backend='openvino')  # of one image there is one arrangement
     x = image()
     with torch.no_grad():
