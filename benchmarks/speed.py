@@ -198,7 +198,7 @@ def deployed(
     calibration = [x] if precision == 'int8' else None
     network = deploy(
         create(name, x.device, features), x, precision=precision, backend=backends, calibration=calibration,
-        progress=False, seconds=0.3)
+        progress=False, seconds=0.3, isolate=False)
     report = network.report
     chosen = dict(
         backend=report.backend, arrangement=report.arrangement, forms=report.forms, difference=max(report.differences))

@@ -235,7 +235,8 @@ def deployed_once():
             pytest.skip(f'{backend}: {reason}')
         if backend not in made:
             model = create('cspnet_nano', num_classes=4)
-            made[backend] = deploy(model, torch.rand(1, 3, 64, 64), backend=backend, progress=False, seconds=0.01)
+            made[backend] = deploy(
+                model, torch.rand(1, 3, 64, 64), backend=backend, progress=False, seconds=0.01, isolate=False)
         return made[backend], torch.rand(1, 3, 64, 64)
 
     return get

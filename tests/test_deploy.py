@@ -46,6 +46,7 @@ def quick(model, example, **kwargs):
     """Deploy with the shortest measurement."""
     if kwargs.get('precision') == 'int8':
         kwargs.setdefault('calibration', [example])
+    kwargs.setdefault('isolate', False)  # test_isolation.py has what is done in another process
     return deploy(model, example, seconds=0.01, progress=False, **kwargs)
 
 
@@ -207,7 +208,7 @@ def test_a_model_is_left_as_it_was():
 def test_the_fastest_is_chosen(capsys):
     names = [name for name in ('openvino', 'onnxruntime', 'eager') if BACKENDS[name].unavailable(CPU) is None]
     model = create('cspnet_nano')
-    deployed = deploy(model, image(4), backend=names, seconds=0.05)
+    deployed = deploy(model, image(4), backend=names, seconds=0.05, isolate=False)
     report = deployed.report
     measured = [c for c in report.candidates if 'milliseconds' in c]
     assert {c['backend'] for c in measured} == set(names)

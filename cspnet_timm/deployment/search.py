@@ -1,7 +1,9 @@
 """From a model to the fastest callable here: everything is tried, compared and measured, and the best one taken."""
+import contextlib
 import copy
 import math
 import sys
+import threading
 from dataclasses import dataclass
 from typing import (
     Any,
@@ -27,8 +29,9 @@ from timm.models import reparameterize_model
 from .archive import Deployed
 from .backends import BACKENDS, Arrangement, Backend, Runner
 from .checks import check_input, require
-from .contract import BOUNDS, Trials, check, make_trials
+from .contract import BOUNDS, Trials, check, differences, make_trials
 from .forms import FORMS
+from .isolation import Isolation, Lost
 from .machine import PRECISIONS, describe, interleave, native_precisions
 from .quantize import check_batches
 from .report import DeployError, Report, describe_candidate, first_line
@@ -36,6 +39,7 @@ from .report import DeployError, Report, describe_candidate, first_line
 __all__ = ['TupleOutputs', 'deploy']
 
 GAIN = 0.97  # what a form or an arrangement must reach of the time of the best one so far, to replace it
+_ONE_AT_A_TIME = threading.RLock()  # two would disturb each other's measurements, and torch.export takes one thread
 CLOSE, FINALISTS = 1.1, 4  # who comes this close to the best one is measured beside it once more, so many at most
 
 
@@ -144,7 +148,9 @@ class _Search:
             threads: int,
             seconds: float,
             progress: bool,
+            isolation: Optional[Isolation],
     ) -> None:
+        self.isolation = isolation
         self.example = example
         self.calibration = calibration
         self.trials = trials
@@ -163,17 +169,39 @@ class _Search:
             print(f'deploy: {describe_candidate(entry)}', file=sys.stderr, flush=True)
 
     def convert(self, backend: str, precision: str, model: nn.Module, forms: List[str]) -> Optional[Backend]:
-        """The converted network, or None if the backend does not take it."""
+        """The converted network, compared by then if its backend is isolated; None if it does not take the model."""
+        kind = BACKENDS[backend]
         try:
             with torch.no_grad():
-                return BACKENDS[backend].convert(model, self.example, precision, self.calibration)
+                if self.isolation is None or not kind.isolated:
+                    return kind.convert(model, self.example, precision, self.calibration)
+                prepared = kind.prepare(model, self.example, precision, self.calibration)
+                parts = self._alone(backend, precision, forms, prepared, None)
+                return kind.from_parts(parts, precision, self.example.shape)
         except Exception as error:  # whatever a converter has to say of a network that it does not know
             self._fail(backend, precision, forms, error)
             return None
 
+    def _alone(
+            self,
+            backend: str,
+            precision: str,
+            forms: List[str],
+            files: Dict[str, bytes],
+            arrangement: Optional[Arrangement],
+    ) -> Dict[str, bytes]:
+        """Try a candidate in a process of its own; in the most promising arrangement, files are yet to convert."""
+        assert self.isolation is not None
+        what = '+'.join([f'{backend} {precision}', *forms])
+        _, parts = self.isolation.attempt(
+            BACKENDS[backend], files, prepared=arrangement is None, precision=precision, arrangement=arrangement,
+            bound=self.bounds[precision], what=what)
+        return parts
+
     def _fail(self, backend: str, precision: str, forms: List[str], error: Exception) -> None:
         self.errors.append(error)
-        self._say(dict(backend=backend, precision=precision, forms=forms, note=first_line(error)))
+        note = str(error) if isinstance(error, Lost) else first_line(error)
+        self._say(dict(backend=backend, precision=precision, forms=forms, note=note))
 
     def challenge(
             self,
@@ -182,12 +210,30 @@ class _Search:
             converted: Backend,
             forms: List[str],
             arrangement: Arrangement,
+            survived: bool = False,
     ) -> None:
-        """Compare with the model as given, measure beside the best so far, and take the better one."""
+        """Compare with the model as given, measure beside the best so far, and take the better one.
+
+        Args:
+            backend: Name of the backend.
+            precision: What it computes in.
+            converted: The converted network.
+            forms: How it was rewritten.
+            arrangement: How the batch is laid out.
+            survived: It was compared in a process of its own, if it needs one.
+        """
         try:
+            isolated = self.isolation is not None and BACKENDS[backend].isolated
+            if isolated and not survived:
+                self._alone(backend, precision, forms, converted.parts(), arrangement)
             runner = converted.runner(arrangement, self.threads)
-            difference = check(runner, self.trials, precision, self.bounds[precision])
+            if isolated:
+                difference = differences(runner(self.example), self.trials.reference)
+            else:
+                difference = check(runner, self.trials, precision, self.bounds[precision])
             candidate = _Candidate(backend, precision, forms, arrangement, converted, runner, difference)
+            if self.isolation is not None:
+                self.isolation.settle()
             rivals = [candidate] if self.best is None else [self.best, candidate]
             times = interleave(
                 [lambda r=r: r.runner(self.example) for r in rivals],  # type: ignore[misc]
@@ -215,7 +261,7 @@ class _Search:
         converted = self.convert(backend, precision, model, forms)
         if converted is not None:
             arrangement = converted.arrangements(len(self.example), self.threads)[0]
-            self.challenge(backend, precision, converted, forms, arrangement)
+            self.challenge(backend, precision, converted, forms, arrangement, survived=True)
 
     def decide(self) -> _Candidate:
         """The best one of all, by turns of all that came close: what a duel shows, a noisy moment may have made."""
@@ -259,6 +305,8 @@ def deploy(
         max_difference: Optional[float] = None,
         seconds: float = 0.5,
         progress: bool = True,
+        isolate: bool = True,
+        limit: float = 300.,
 ) -> Deployed:
     """Make the fastest callable of a model: fold, rewrite, convert, compare, measure.
 
@@ -284,6 +332,10 @@ def deploy(
             default 0.001 in float32, 0.1 in half precision and 0.5 in int8, which only finds failures.
         seconds: About how long each candidate is measured.
         progress: Print a line to the standard error for everything that is tried.
+        isolate: Convert, run for the first time and compare in a process of its own what makes machine code that this
+            package has not tested, so that nothing can end this one: OpenVINO, ONNX Runtime and PyTorch's compiler.
+            False does it here, which spares a second or two.
+        limit: Seconds that one candidate may take in that process.
 
     Returns:
         The fastest callable.
@@ -312,13 +364,27 @@ def deploy(
         raise ValueError('example_input holds no image.')
     if threads is not None and threads < 1:
         raise ValueError(f'threads={threads} cannot be, at least 1 has to compute.')
+    if not limit > 0:
+        raise ValueError(f'limit={limit} cannot be, a candidate needs more than 0 seconds.')
     threads = threads or torch.get_num_threads()
     pairs, left_out = _pairs(precision, backend, calibration is not None, device)
     batches = check_batches(calibration) if calibration is not None else []
     bounds = BOUNDS if max_difference is None else dict.fromkeys(PRECISIONS, max_difference)
 
+    def say(text: str) -> None:
+        if progress:
+            print(f'deploy: {text}', file=sys.stderr, flush=True)
+
     original = copy.deepcopy(model).eval().float()
-    with torch.inference_mode(False), torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
+        isolation = None
+        if isolate and any(BACKENDS[name].isolated for name, _ in pairs):
+            isolation = stack.enter_context(Isolation(threads, limit, say))
+            with contextlib.suppress(Lost):  # which whoever needs it will say
+                isolation.start()  # it imports while the model runs for the first time here
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
         given = original(example)
         single = isinstance(given, torch.Tensor)
         if not single and not (
@@ -330,16 +396,18 @@ def deploy(
         folded = reparameterize_model(original)
         trials = make_trials(original, example, [given] if single else list(given))
         left_out.update(trials.notes)
-        search = _Search(example, batches, trials, bounds, threads, seconds, progress)
+        if isolation is not None:
+            isolation.trials = trials
+        search = _Search(example, batches, trials, bounds, threads, seconds, progress, isolation)
         best = _find(search, pairs, folded)
+    with torch.inference_mode(False), torch.no_grad():
         times = interleave([lambda: best.runner(example), lambda: original(example)], device, seconds)
     report = Report(
         backend=best.backend, precision=best.precision, arrangement=str(best.arrangement), forms=best.forms,
         shape=list(example.shape), threads=threads, milliseconds=times[0], original_milliseconds=times[1],
         differences=best.difference, candidates=search.tried, machine=describe(device), left_out=left_out,
     )
-    if progress:
-        print(f'deploy: {str(report).splitlines()[0]}', file=sys.stderr, flush=True)
+    say(str(report).splitlines()[0])
     return Deployed(best.converted, best.runner, report, single, device)
 
 
