@@ -180,6 +180,36 @@ def _inspect(args: argparse.Namespace) -> None:
         print(line)
 
 
+def _download(args: argparse.Namespace) -> int:
+    from .downloads import download
+    from .sources import DownloadError
+
+    try:
+        return int(download(args.filter, Path(args.out), args.converted) > 0)
+    except (DownloadError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(str(error)) from error
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .downloads import verify
+    from .sources import DownloadError
+
+    try:
+        return int(verify(Path(args.folder)) > 0)
+    except (DownloadError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(str(error)) from error
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import report
+
+    return report(args.network)
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
@@ -230,6 +260,31 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('file', metavar='FILE', help=files)
     command.add_argument('--tensors', action='store_true', help='list every tensor')
     command.set_defaults(run=_inspect)
+
+    command = commands.add_parser(
+        'download', help='released weights into a folder, for machines without a network',
+        description='Download released weights into a folder that CSPNET_TIMM_WEIGHTS can name, checked, with '
+                    'SHA256SUMS and licenses.csv. What is there is kept. What is under the AGPL is not downloaded.')
+    command.add_argument(
+        '--filter', default='*', metavar='PATTERN', help='part of the names, or a pattern such as "cspnet_yolox*"')
+    command.add_argument('--out', required=True, metavar='DIR', help='the folder, made if it is not there')
+    command.add_argument(
+        '--converted', action='store_true',
+        help='write safetensors of this package\'s networks in place of the released files')
+    command.set_defaults(run=_download)
+
+    command = commands.add_parser(
+        'verify', help='whether a folder of weights is as it was downloaded',
+        description='Compare the files of a folder with its SHA256SUMS and with what is known of the released ones.')
+    command.add_argument('folder', metavar='DIR', help='a folder that `download` has filled')
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser(
+        'doctor', help='what is installed, what is wrong with it, and the remedy',
+        description='Say what is installed and works, for a bug report. It runs where torch or timm are missing or '
+                    'broken, and asks no host anything without --network.')
+    command.add_argument('--network', action='store_true', help='ask the hosts of the weights whether they answer')
+    command.set_defaults(run=_doctor)
     return parser
 
 
@@ -240,15 +295,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv: The arguments, those of the process by default.
 
     Returns:
-        The exit code: 0, 2 if the user has something to mend, 130 if the user stopped it, 141 if nobody reads on.
+        The exit code: 0, 1 if `download`, `verify` or `doctor` find something wrong, 2 if the user has
+        something to mend, 130 if the user stopped it, 141 if nobody reads on.
     """
     try:
         args = _parser().parse_args(argv)
         logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
         for noisy in ('httpx', 'httpcore', 'urllib3'):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        register()
-        args.run(args)
+        if args.run is not _doctor:  # which has to work where they cannot be registered
+            register()
+        status = args.run(args)
         sys.stdout.flush()
     except UserError as error:
         print(f'cspnet-timm: {error}', file=sys.stderr)
@@ -260,4 +317,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # Python would try once more at its end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return status or 0

@@ -41,7 +41,8 @@ ATTEMPTS = 3  # for a file that is cut off
 _CHUNK = 1 << 20
 _TRUE = ('1', 'on', 'yes', 'true')
 
-_HASH_IN_NAME = re.compile(r'-(?!20\d{6}\.)([0-9a-f]{7,8})(?:_\d{8})?\.\w+$')  # not a date
+_HASH_IN_NAME = re.compile(  # not a date
+    r'-(?!20[12]\d[01]\d[0-3]\d\.)([0-9a-f]{7,8})(?:_\d{8})?\.\w+$')
 
 
 class DownloadError(RuntimeError):
@@ -523,7 +524,7 @@ def _first(
             return path
         except Exception as error:  # of the Hub's client, too, which has dozens
             answers[source.link] = describe_failure(error)
-            _logger.info('%s: %s', source.link, answers[source.link])
+            _logger.debug('%s: %s', source.link, answers[source.link])
     raise DownloadError(_by_hand(name, sources, license, answers, folder))
 
 

@@ -61,6 +61,22 @@ def test_nothing_else_needed(site, tmp_path):
     assert str(site) in result.stdout and not result.stderr
 
 
+def test_torch_calls_its_entry_points(tmp_path):
+    """What registration without an import rests on, by itself: an entry point of a package of two files."""
+    (tmp_path / 'probe-1.0.dist-info').mkdir()
+    (tmp_path / 'probe-1.0.dist-info' / 'METADATA').write_text('Metadata-Version: 2.1\nName: probe\nVersion: 1.0\n')
+    (tmp_path / 'probe-1.0.dist-info' / 'entry_points.txt').write_text('[torch.backends]\nprobe = probe:install\n')
+    (tmp_path / 'probe.py').write_text("def install():\n    print('called')\n")
+    called = run(tmp_path, "import torch; print('imported')").stdout.split()
+    if called != ['called', 'imported']:
+        import torch
+        pytest.fail(
+            f'torch {torch.__version__} does not call the entry points of torch.backends while it is imported, but '
+            f'{"later" if "called" in called else "never"} (pytorch/pytorch#180712 proposed to make the scan lazy). '
+            'Then installing this package registers no models: users have to write `import cspnet_timm`, and README.md '
+            'under "How registration works", has to say so of this version.')
+
+
 def test_torch_alone_imports_nothing(site):
     run(site, '''
         import sys, torch

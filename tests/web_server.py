@@ -24,7 +24,7 @@ class Web:
         self.server.daemon_threads = True
         self.server.web = self
         self.url = f'http://127.0.0.1:{self.server.server_port}'
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *error):
@@ -57,9 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(503, b'later')
         if how == 'page':
             return self.send(200, b'<!DOCTYPE html><title>Home</title>', {'Content-Type': 'text/html'})
-        if how in ('redirect', 'loop'):
-            target = f'{web.elsewhere}/good/{name}' if how == 'redirect' else self.path
-            return self.send(302, b'', {'Location': target})
+        if how in ('redirect', 'for_good', 'loop'):
+            target = f'{web.elsewhere}/good/{name}' if how != 'loop' else self.path
+            return self.send(301 if how == 'for_good' else 302, b'', {'Location': target})
         if data is None:
             return self.send(404, b'')
         if how == 'other':
