@@ -1,6 +1,6 @@
 """How large each registered network is, as data: numbers that do not change within a version are not counted anew.
 
-``data/models.csv`` has a row for every registered model. ``python docs/tables.py`` writes it.
+``data/models.csv`` has a row for every registered model. ``python benchmarks/tables.py`` writes it.
 """
 import csv
 import functools

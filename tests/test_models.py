@@ -69,7 +69,7 @@ def test_row_of_the_table_of_sizes(any_model):
         tuple(info['num_chs'] for info in infos),
         tuple(info['reduction'] for info in infos),
         fingerprint(model.state_dict()),
-    ), 'run: python docs/tables.py'
+    ), 'run: python benchmarks/tables.py'
 
 
 def test_device_and_dtype(any_model):

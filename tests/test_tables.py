@@ -9,8 +9,9 @@ import timm
 from cspnet_timm.counting import measure
 from cspnet_timm.sizes import model_sizes
 
-DOCS = Path(__file__).resolve().parent.parent / 'docs'
-spec = importlib.util.spec_from_file_location('tables', DOCS / 'tables.py')
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / 'docs'
+spec = importlib.util.spec_from_file_location('tables', ROOT / 'benchmarks' / 'tables.py')
 tables = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tables)
 
@@ -20,13 +21,13 @@ PAGES = [page for page in sorted(DOCS.glob('*.md')) if tables.BLOCK.search(page.
 def test_every_model_has_a_row():
     """That the row is right is checked by ``test_models.py``, and its operations by the test behind this one."""
     wrong = sorted(set(timm.list_models('cspnet_*')) ^ set(model_sizes()))
-    assert not wrong, f'{wrong} are not both registered and in cspnet_timm/data/models.csv: run python docs/tables.py'
+    assert not wrong, f'{wrong} are not both registered and in data/models.csv: run python benchmarks/tables.py'
 
 
 @pytest.mark.slow
 def test_rows_are_right():
     wrong = [name for name, row in model_sizes().items() if row != measure(name)]
-    assert not wrong, f'run: python docs/tables.py --recount ({wrong})'
+    assert not wrong, f'run: python benchmarks/tables.py --recount ({wrong})'
 
 
 def test_only_what_changed_is_counted_again(monkeypatch):
@@ -43,7 +44,7 @@ def test_only_what_changed_is_counted_again(monkeypatch):
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_page_is_up_to_date(page):
     text = page.read_text(encoding='utf-8')
-    assert tables.render(text) == text, f'run: python docs/{Path(tables.__file__).name}'
+    assert tables.render(text) == text, 'run: python benchmarks/tables.py'
 
 
 def test_every_detector_is_on_a_page():

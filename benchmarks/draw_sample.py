@@ -1,4 +1,4 @@
-"""Draws ``docs/sample.jpg``, the street scene that README and tests use: ``python docs/draw_sample.py``."""
+"""Draws ``docs/sample.jpg``, the street scene that README and tests use: ``python benchmarks/draw_sample.py``."""
 from pathlib import Path
 
 import numpy as np

@@ -4,13 +4,12 @@ The table of sizes is ``cspnet_timm/data/models.csv``, a row for each registered
 changing a model. It counts the networks that are new or whose tensors have changed, a third of a second each; a change
 that no tensor shows, of a stride for instance, takes ``--recount``.
 
-A table stands in a page between ``<!-- sizes: PATTERN … -->`` or ``<!-- weights: PATTERN … -->`` or ``<!-- choice:
-PATTERN … -->`` and ``<!-- end -->``; the patterns name models as ``timm.list_models`` takes them, those behind a ``-``
-are left out.
+A table stands in a page between ``<!-- KIND: PATTERN … -->`` and ``<!-- end -->``. The kind is ``sizes``, ``weights``,
+``choice`` or ``inputs``; the patterns name models as ``timm.list_models`` takes them, those behind ``-`` are left out.
 
-    python docs/tables.py            # rewrites the table of sizes and every page beside this file that is out of date
-    python docs/tables.py --recount  # as well, after counting every network again
-    python docs/tables.py --check    # only names what is out of date, and fails if there is any
+    python benchmarks/tables.py            # rewrites the table of sizes and every page in docs/ that is out of date
+    python benchmarks/tables.py --recount  # as well, after counting every network again
+    python benchmarks/tables.py --check    # only names what is out of date, and fails if there is any
 """
 import argparse
 import re
@@ -19,15 +18,17 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 
 import cspnet_timm  # noqa: F401  registers the models
 from cspnet_timm.counting import count_parameters, measure
 from cspnet_timm.sizes import ModelSize, fingerprint, format_rows, model_sizes
 
-FOLDER = Path(__file__).resolve().parent
-DATA = FOLDER.parent / 'cspnet_timm' / 'data' / 'models.csv'
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / 'cspnet_timm' / 'data' / 'models.csv'
 TABLE: Dict[str, ModelSize] = dict(model_sizes()) if DATA.exists() else {}
-BLOCK = re.compile(r'(<!-- (sizes|weights|choice): (.*?) -->\n).*?(<!-- end -->)', re.DOTALL)
+BLOCK = re.compile(r'(<!-- (sizes|weights|choice|inputs): (.*?) -->\n).*?(<!-- end -->)', re.DOTALL)
 SIZES = {size: index for index, size in enumerate(
     ('nano', 'n', 'tiny', 't', 'small', 's', 'medium', 'm', 'large', 'l', 'xlarge', 'x'))}
 
@@ -130,7 +131,38 @@ def _choice(names: List[str]) -> str:
         ('GMACs at 224', 'parameters', 'model', 'ImageNet top-1', 'AP of its detector', 'licence of the weights'), rows)
 
 
-_MAKERS: Dict[str, Callable[[List[str]], str]] = {'sizes': _sizes, 'weights': _weights, 'choice': _choice}
+def _pixels(mean: Tuple[float, ...], std: Tuple[float, ...]) -> str:
+    """What becomes of RGB images from 0 to 1."""
+    if mean == (0., 0., 0.):
+        return 'as they are' if std == (1., 1., 1.) else f'times {round(1 / std[0])}'
+    if mean == IMAGENET_DEFAULT_MEAN and std == IMAGENET_DEFAULT_STD:
+        return 'ImageNet\'s mean and deviation'
+    return f'mean {mean[0]:g}, deviation {std[0]:g}'
+
+
+def _inputs(names: List[str]) -> str:
+    """One row for all weights of a family that want their images alike."""
+    rows: Dict[Tuple[str, ...], Dict[str, List[str]]] = {}
+    crops = {'center': 'the middle', 'squash': 'stretched to it', 'border': 'whole, padded'}
+    for name in sorted(names, key=_by_size):
+        for full_name, cfg in get_arch_pretrained_cfgs(name).items():
+            what = (_pixels(tuple(cfg.mean), tuple(cfg.std)), crops[cfg.crop_mode], cfg.interpolation)
+            row = rows.setdefault((_size(name).module, *what), {'models': [], 'tags': [], 'sizes': []})
+            row['models'].append(f'`{name}`')
+            row['tags'].append(f'`{split_model_name_tag(full_name)[1]}`')
+            row['sizes'].append('×'.join(map(str, dict.fromkeys(cfg.input_size[1:]))))
+    cells = []
+    for (_, pixels, crop, interpolation), row in rows.items():
+        models, tags, sizes = (list(dict.fromkeys(row[key])) for key in ('models', 'tags', 'sizes'))
+        tags = [tag for tag in tags if tag != '`untrained`']
+        if tags:
+            first = ', '.join(models) if len(models) < 3 else f'{models[0]} … {models[-1]}'
+            cells.append((first, ', '.join(tags), pixels, ', '.join(sizes), crop, interpolation))
+    return _table(('models', 'weights', 'RGB from 0 to 1', 'size', 'what of the image', 'interpolation'), cells)
+
+
+_MAKERS: Dict[str, Callable[[List[str]], str]] = {
+    'sizes': _sizes, 'weights': _weights, 'choice': _choice, 'inputs': _inputs}
 
 
 def render(text: str) -> str:
@@ -169,7 +201,7 @@ def main() -> int:
 
 
 def _pages() -> List[Path]:
-    return sorted(FOLDER.glob('*.md'))
+    return sorted((ROOT / 'docs').glob('*.md'))
 
 
 if __name__ == '__main__':
