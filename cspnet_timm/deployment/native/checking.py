@@ -175,6 +175,11 @@ class _Check:
         team = self.m.images // self.m.share if self.m.share else 1
         return 0 if place == PLACE.SHARED else self.m.arena.own * (team - 1)
 
+    def tiles_of_runs(self) -> int:
+        """Of rows that follow one another in memory, within an image: the last tile of each run may be in part."""
+        rows = self.f['rows_at_once']
+        return -(-rows * self.f['out_w'] // 16) + min(rows, self.images + 1) + 1
+
     def map(self, what: str, offset: int, stride: int, h: int, w: int, rows: int, place: int, size: int) -> None:
         """A map's pixels lie in the memory of its place, for as many images as it may be asked for."""
         images = self.most[place]
@@ -292,8 +297,7 @@ class _Check:
             end = f['in_off'] + (pixels + 15) * f['in_ps'] + reach + self.others(f['in_place'])
             if end > arena.total:
                 raise self.fail(f'in read up to {end}, and the arena ends at {arena.total}')
-            runs_of_rows = self.images + 1
-            tiles = f['rows_at_once'] * width // 16 + 2 * runs_of_rows + 2
+            tiles = self.tiles_of_runs()
         else:
             copied = f['in_c'] * size
             self.map('in', f['in_off'], f['in_ps'], f['in_h'], f['in_w'], f['in_rows'], f['in_place'], copied)
@@ -307,7 +311,7 @@ class _Check:
             if f['mode'] == MODE.PATCH:
                 self.between(f['in_c'], f['tap_c'], LARGEST, 'tap_c')
                 patch = (f['kh'] * f['kw'] * f['tap_c'] * size + 63) // 64 * 64
-                tiles = f['rows_at_once'] * width // 16 + 2 * (self.images + 1) + 2
+                tiles = self.tiles_of_runs()
                 used = (f['rows_at_once'] * width + 15) * patch
                 last = (f['rows_at_once'] * width - 1 + 15) * patch
             else:
@@ -323,11 +327,11 @@ class _Check:
                 used = pieces * one
                 if f['flat']:
                     self.between(stride, s, stride, 'planes')
-                    tiles = f['rows_at_once'] * f['width'] // 16 + pieces + 2
+                    tiles = -(-f['rows_at_once'] * f['width'] // 16) + pieces + 1
                     last = (pieces - 1) * one + (rows * f['width'] - 1 + 15) * px
                 else:
                     self.between(1, s, 1, 'planes')
-                    tiles = f['rows_at_once'] * ((width + 15) // 16) + 2
+                    tiles = f['rows_at_once'] * ((width + 15) // 16) + 1
                     last = (pieces - 1) * one + (((rows - 1) * f['width'] + width - 1 + 15) * stride) * px
             end = max(used, last + reach)
             if end > self.m.scratch:

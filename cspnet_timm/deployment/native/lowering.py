@@ -1,5 +1,6 @@
 """Reading a network into a :class:`~cspnet_timm.deployment.native.plan.Plan`, by ``torch.export``."""
 import operator
+import re
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -26,12 +27,17 @@ def lower(model: nn.Module, example: torch.Tensor) -> Plan:
         float32).
 
     Raises:
-        UnsupportedNetwork: If the network does something that the engine does not know.
+        UnsupportedNetwork: If the network does what the engine does not know; the message names it.
     """
     if example.ndim != 4:
         raise UnsupportedNetwork(f'The native engine takes images (B, C, H, W), and the example is {example.ndim}-d.')
-    with torch.no_grad():
-        program = torch.export.export(model, (example,), strict=False)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (example,), strict=False)
+    except Exception as error:  # PyTorch has many
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedNetwork(
+            f'The native engine reads what torch.export reads, and not this network: {lines[0][:200]}') from error
     return _Lowering(program, example).plan()
 
 
@@ -47,6 +53,8 @@ class _Lowering:
         self.sampled: Dict[torch.fx.Node, Tuple[int, int]] = {}  # rows taken at a step, the columns not yet
         self.sizes: Dict[int, Tuple[int, ...]] = {}  # height and width of values
         self.views: set = set()  # nodes that share memory with another one
+        self.node: Any = None  # that is read
+        self.sources: List[torch.fx.Node] = []  # of each operation
 
     def plan(self) -> Plan:
         signature = self.program.graph_signature
@@ -66,6 +74,8 @@ class _Lowering:
                 for out in torch.utils._pytree.tree_leaves(node.args):
                     if not isinstance(out, torch.fx.Node):
                         raise UnsupportedNetwork(f'The native engine gives tensors, and the network {out!r}.')
+                    if out.meta['val'].ndim not in (2, 4):
+                        raise self._refuse(out, f' as an output of {out.meta["val"].ndim} dimensions')
                     outputs.append((self._value(out), out.meta['val'].ndim == 2))
         for i, op in enumerate(self.operations):
             if op['op'] == 'conv':
@@ -74,7 +84,14 @@ class _Lowering:
                 weight = weight.contiguous() if depthwise else weight.to(torch.bfloat16).contiguous()
                 self.tensors[f'{i}.weight'] = weight.detach().clone()
         _, channels, height, width = self.example.shape
-        return Plan((channels, height, width), self.operations, outputs, self.tensors)
+        try:
+            return Plan((channels, height, width), self.operations, outputs, self.tensors)
+        except ValueError as error:  # larger than anything the engine is for
+            found = re.search(r'operations\[(\d+)\]|tensor (\d+)\.', str(error))
+            if found is None:
+                raise UnsupportedNetwork(f'The native engine cannot run this network. {error}') from error
+            node = self.sources[int(found[1] or found[2])]
+            raise self._refuse(node, f': {str(error).rstrip(".")}') from error
 
     def _refuse(self, node: torch.fx.Node, why: str = '') -> UnsupportedNetwork:
         trace = (node.meta.get('nn_module_stack') or {}).values()
@@ -83,6 +100,7 @@ class _Lowering:
 
     def _emit(self, op: str, **fields: Any) -> int:
         self.operations.append({'op': op, **fields})
+        self.sources.append(self.node)
         return len(self.operations)
 
     def _value(self, node: Any) -> int:
@@ -105,15 +123,20 @@ class _Lowering:
         return self._emit('conv', x=x, **fields)
 
     def _call(self, node: torch.fx.Node) -> None:
+        self.node = node
         if node.target is operator.getitem and node.args[0] in self.lists:
             self.values[node] = self.lists[node.args[0]][node.args[1]]  # type: ignore[index]
             self.views.add(node)
             return
         name = getattr(node.target, '_opname', None) or str(node.target)
+        if name == '_assert_tensor_metadata':  # of a conversion that follows
+            return
         bound = self._arguments(node)
         method = getattr(self, f'_op_{name.rstrip("_") if not name.startswith("_") else name}', None)
         x = node.args[0] if node.args else None
         if name in _SAME and not bound.get('train', False):
+            if not node.meta['val'].is_floating_point():
+                raise self._refuse(node, f' to {node.meta["val"].dtype}')
             self.values[node] = self._value(x)
             self.views.add(node)
             return
@@ -187,12 +210,21 @@ class _Lowering:
         shift = (0. if bias is None else bias.double()) - mean.double() * scale
         x = self._value(node.args[0])
         source = self.operations[x - 1] if x else {'op': ''}
-        if source['op'] == 'conv' and len(node.args[0].users) == 1:  # type: ignore[union-attr]
+        if source['op'] == 'conv' and self._alone(node.args[0]):
             kernel, old = self.tensors[f'{x - 1}.weight'], self.tensors[f'{x - 1}.bias']
             self.tensors[f'{x - 1}.weight'] = (kernel.double() * scale[:, None, None, None]).float()
             self.tensors[f'{x - 1}.bias'] = (old.double() * scale + shift).float()
             return x
         return self._conv(x, scale.float()[:, None, None, None], shift.float(), groups=len(scale))
+
+    def _alone(self, node: Any) -> bool:
+        """Whether a value is read once, by whatever name."""
+        while len(node.users) == 1:
+            before = node.args[0] if node.args else None
+            if not isinstance(before, torch.fx.Node) or self.values.get(before) != self.values[node]:
+                return True
+            node = before
+        return False
 
     def _binary(self, op: str, node: torch.fx.Node, a: Dict[str, Any]) -> int:
         x, y = a['self'], a['other']
@@ -227,6 +259,8 @@ class _Lowering:
         start, stop = (max(v + size, 0) if v < 0 else min(v, size) for v in (start, stop))
         dim = a['dim'] % len(shape)
         self.views.add(node)
+        if dim == 0 and ((start, step) != (0, 1) or (a['end'] is not None and a['end'] < 1 << 62)):
+            raise self._refuse(node, ' of the batch')
         if step == 1 and (start, stop) == (0, size):
             if source in self.sampled:
                 self.sampled[node] = self.sampled[source]
@@ -296,7 +330,8 @@ class _Lowering:
 
     def _op_flatten(self, node: torch.fx.Node, a: Dict[str, Any]) -> int:
         before, after = node.args[0].meta['val'].shape, node.meta['val'].shape  # type: ignore[union-attr]
-        if tuple(after) not in (tuple(before), (*before[:2], 1, 1)[:len(after)]) or any(n != 1 for n in before[2:]):
+        allowed = (tuple(before), (*before[:2], 1, 1)[:len(after)])
+        if len(after) < 2 or tuple(after) not in allowed or any(n != 1 for n in before[2:]):
             raise self._refuse(node, f' of {tuple(before)} to {tuple(after)}')
         self.views.add(node)
         return self._value(node.args[0])
@@ -308,7 +343,16 @@ class _Lowering:
         # At another size of image, a map made to fit a neighbour will have to fit it again.
         like = next((v for v, size in reversed(self.sizes.items()) if size == tuple(after[2:])), None)
         scale = after[2] // before[2]
-        if (before[2] * scale, before[3] * scale) != tuple(after[2:]) and like is None:
+        factors = a.get('scale_factors') or [a.get('scales_h'), a.get('scales_w')]
+        for size, out, factor in zip(before[2:], after[2:], factors):
+            if out < size:
+                raise self._refuse(node, f' of {tuple(before[2:])} to {tuple(after[2:])}')
+            if factor is not None and factor * size != out:  # PyTorch then goes by the factor, not by the sizes
+                raise self._refuse(node, f' by {factor} of {size}')
+        whole = (before[2] * scale, before[3] * scale) == tuple(after[2:])
+        if whole and None not in factors:
+            like = None  # it goes by the factor, and what has the same size has it by chance
+        if not whole and like is None:
             raise self._refuse(node, f' of {tuple(before[2:])} to {tuple(after[2:])}')
         return self._emit('upsample', x=self._value(node.args[0]), scale=scale, like=like)
 

@@ -1,5 +1,6 @@
 """What a network computes, as data: a list of operations that is checked before anything believes it."""
 import json
+import math
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -10,7 +11,9 @@ ACTIVATIONS = ('none', 'relu', 'leaky_relu', 'silu', 'hardswish', 'hardsigmoid',
 POOLS = ('max', 'mean', 'mean_padded')
 
 # What a plan may ask for at most; far above any network, far below what overflows.
-MAX_SIDE, MAX_CHANNELS, MAX_OPERATIONS, MAX_KERNEL, MAX_ELEMENTS = 1 << 14, 1 << 16, 1 << 14, 64, 1 << 28
+MAX_SIDE, MAX_CHANNELS, MAX_OPERATIONS, MAX_KERNEL, MAX_ELEMENTS = 1 << 14, 1 << 16, 1 << 12, 64, 1 << 28
+MAX_JOINED, MAX_OUTPUTS = 1 << 10, 1 << 8
+MAX_WORK = 1 << 44  # multiplications of an image: seconds, and thousands of times what a network has
 
 Shape = Tuple[int, int, int]
 Range = Tuple[float, float, float]
@@ -112,6 +115,8 @@ class Plan:
         _integer(self.input_shape[0], 'input[0]', 1, MAX_CHANNELS)
         if not self.outputs:
             raise ValueError('The plan\'s field \'outputs\' is empty.')
+        if len(self.outputs) > MAX_OUTPUTS:
+            raise ValueError(f'The plan\'s field \'outputs\' has over {MAX_OUTPUTS} entries.')
         if len(self.operations) > MAX_OPERATIONS:
             raise ValueError(f'The plan\'s field \'operations\' has over {MAX_OPERATIONS} entries.')
         for value, _ in self.outputs:
@@ -138,6 +143,8 @@ class Plan:
             if 'xs' in op:
                 if not isinstance(op['xs'], list) or not op['xs']:
                     raise ValueError(f'The plan\'s field {where}.xs is no list of values.')
+                if len(op['xs']) > MAX_JOINED:
+                    raise ValueError(f'The plan\'s field {where}.xs joins more than {MAX_JOINED} maps.')
                 for v in op['xs']:
                     _integer(v, f'{where}.xs', 0, i)
             if op['op'] == 'act':
@@ -175,7 +182,8 @@ class Plan:
                 if bias.dtype != torch.float32 or tuple(bias.shape) != (weight.shape[0],):
                     raise ValueError(f'The plan\'s tensor {i}.bias is no vector of {weight.shape[0]} float32.')
                 groups = _integer(op['groups'], f'{where}.groups', 1, MAX_CHANNELS)
-                if not _depthwise(weight, groups) and weight.numel() * groups > MAX_ELEMENTS:
+                if not _depthwise(weight, groups) and (
+                        weight.numel() * groups > max(MAX_ELEMENTS >> 2, 32 * weight.numel())):
                     raise ValueError(f'The plan\'s tensor {i}.weight is too large for {groups} groups.')
                 if weight.shape[0] % groups:
                     raise ValueError(f'The plan\'s field {where}.groups does not divide {weight.shape[0]} channels.')
@@ -204,6 +212,7 @@ class Plan:
         _integer(height, 'input[1]', 1, MAX_SIDE)
         _integer(width, 'input[2]', 1, MAX_SIDE)
         shapes: List[Shape] = [(self.input_shape[0], height, width)]
+        work = 0
         for i, op in enumerate(self.operations):
             where, kind = f'operations[{i}]', op['op']
             c, h, w = shapes[op['x'] if 'x' in op else op['xs'][0]]
@@ -244,6 +253,13 @@ class Plan:
             if c > MAX_CHANNELS or max(h, w) > MAX_SIDE or c * h * w > MAX_ELEMENTS:
                 raise ValueError(f'The plan\'s field {where} makes a map too large: {(c, h, w)}.')
             shapes.append((c, h, w))
+            taps = self.tensors[f'{i}.weight'][0].numel() if kind == 'conv' else math.prod(op.get('kernel', ()))
+            work += c * h * w * taps
+            if work > MAX_WORK:
+                raise ValueError(f'The plan\'s field {where} brings the work for an image of {height} x {width} to '
+                                 f'over {MAX_WORK} multiplications.')
+        if sum(math.prod(shapes[value]) for value, _ in self.outputs) > MAX_ELEMENTS:
+            raise ValueError(f'The plan\'s field \'outputs\' has more than {MAX_ELEMENTS} numbers for an image.')
         for value, vector in self.outputs:
             if vector and shapes[value][1:] != (1, 1):
                 raise ValueError('The plan\'s field \'outputs\' calls a map a vector.')
