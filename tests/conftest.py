@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 import re
@@ -41,7 +42,8 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize('any_model', ALL)
     if 'model_name' in metafunc.fixturenames:
         metafunc.parametrize('model_name', whole)
-    if 'network' in metafunc.fixturenames:
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers('parametrize')]
+    if 'network' in metafunc.fixturenames and 'network' not in own:
         metafunc.parametrize('network', [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in whole)])
 
 
@@ -49,10 +51,8 @@ def pytest_generate_tests(metafunc):
 def build(network, pytestconfig):
     """Creates the network of a test that asks for ``network``: a small one of ``stages.py``, or a whole one."""
     from tests import stages, zoo
-    if network in stages.NETWORKS:
-        return lambda **kwargs: stages.create_stages(network, **kwargs)
-    whole = zoo.create if pytestconfig.getoption('--all-models') else zoo.create_short
-    return lambda **kwargs: whole(network, **kwargs)
+    whole = network in stages.NETWORKS or pytestconfig.getoption('--all-models')
+    return functools.partial(zoo.create if whole else zoo.create_short, network)
 
 
 # Order: what takes long comes first, or it would leave the other processes idle at the end.

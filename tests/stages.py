@@ -10,9 +10,9 @@ from collections import OrderedDict
 
 import torch.nn as nn
 from timm.layers import EffectiveSEModule
-from timm.models import FeatureListNet
+from timm.models import generate_default_cfgs, register_model
 
-from cspnet_timm.backbone import BackboneCfg, CspBackbone, Level
+from cspnet_timm.backbone import BackboneCfg, Level
 from cspnet_timm.blocks import (
     AttentionBlock,
     BottleneckBlock,
@@ -24,9 +24,9 @@ from cspnet_timm.blocks import (
     InvertedResidual,
 )
 from cspnet_timm.cross_stage import ComposedStage, CrossStage
+from cspnet_timm.families._builder import build_backbone, default_cfg
 from cspnet_timm.families.peleenet import StemPool, TwoWayLayer
 from cspnet_timm.layers import ConvHead, ConvNormAct, RepConv, SeparableConv, SpatialPyramidPool
-from tests.zoo import randomize
 
 CHS = 16
 LEAKY = functools.partial(nn.LeakyReLU, negative_slope=0.1)
@@ -164,8 +164,12 @@ NETWORKS = {
         head=functools.partial(ConvHead, hidden_size=24),
     ),
     # By itself, because the native engine has none.
-    'attention': BackboneCfg(levels=(stem(3), level(down()), level(down()), level(
-        down(), stage(row(attention), fusion='first')))),
+    'attention': BackboneCfg(levels=(
+        stem(3),
+        level(down(), row(dark, dark)),
+        level(down()),
+        level(down(), stage(row(attention), fusion='first'), row(dark)),
+    )),
     # The paper's: bottlenecks, inverted residuals, elastic and dense blocks, channels that are split.
     'paper': BackboneCfg(
         levels=(
@@ -199,12 +203,24 @@ NETWORKS = {
 }
 
 
-def create_stages(name, features_only=False, seed=0, scriptable=None, **kwargs):
-    """One of the networks in eval mode, with random statistics; a list of its maps instead of logits if asked for."""
-    model = CspBackbone(NETWORKS[name], **{'num_classes': 10, **kwargs})
-    if features_only:
-        model = FeatureListNet(model, out_indices=tuple(range(len(NETWORKS[name].levels))))
-    return randomize(model, seed).eval()
+def _register(name, cfg):
+    """Make one of the networks known to timm, so that it is created and checked like any other."""
+
+    def entrypoint(pretrained=False, **kwargs):
+        return build_backbone(name, pretrained, cfg, **kwargs)
+
+    entrypoint.__name__, entrypoint.__module__, entrypoint.__doc__ = name, __name__, 'Of tests alone.'
+    register_model(entrypoint)
+
+
+__all__ = []  # to which timm adds their names
+NETWORKS = {f'stages_{name}': cfg for name, cfg in NETWORKS.items()}
+default_cfgs = generate_default_cfgs({
+    f'{name}.untrained': default_cfg(first_conv='stem.conv0.conv', input_size=(3, 64, 64), pool_size=None)
+    for name in NETWORKS
+})
+for _name, _cfg in NETWORKS.items():
+    _register(_name, _cfg)
 
 
 def form(module):

@@ -15,7 +15,7 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2
 
 from tests.samples import FAMILIES
-from tests.stages import NETWORKS, create_stages
+from tests.stages import NETWORKS
 
 DOCS = Path(__file__).parents[1] / 'docs' / 'clients.md'
 
@@ -402,7 +402,7 @@ class Maps(nn.Module):
 
     def __init__(self, name):
         super().__init__()
-        self.model = create_stages(name, num_classes=5)
+        self.model = timm.create_model(name, num_classes=5)
 
     def forward(self, x):
         features, maps = self.model.forward_intermediates(x)
@@ -453,7 +453,7 @@ def signal_to_noise(found, expected):
 def test_pt2e_static_int8(name):
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    model = seeded(lambda: create_stages(name)).eval()
+    model = seeded(lambda: timm.create_model(name, num_classes=5)).eval()
     prepared = prepare_pt2e(torch.export.export(model, (images(),)).module(), quantizer(qat=False))
     prepared(images())
     converted = convert_pt2e(prepared)
@@ -470,7 +470,7 @@ def test_pt2e_qat(name, monkeypatch):
     from torchao.quantization.pt2e import move_exported_model_to_eval, qat_utils
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
-    model = create_stages(name).train()
+    model = timm.create_model(name, num_classes=5)
     prepared = prepare_qat_pt2e(torch.export.export(model, (images(),)).module(), quantizer(qat=True))
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
     for _ in range(2):

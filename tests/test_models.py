@@ -83,9 +83,9 @@ def test_device_and_dtype(any_model):
 
 
 @pytest.mark.parametrize('out_indices', [(0,), (-1,), (1, 3), (-3, -1), (3, 1), 2])
-def test_out_indices(model_name, out_indices):
-    every = create_model(model_name, features_only=True, device='meta')
-    model = create_model(model_name, features_only=True, out_indices=out_indices, device='meta').eval()
+def test_out_indices(network, out_indices):
+    every = create_model(network, features_only=True, device='meta')
+    model = create_model(network, features_only=True, out_indices=out_indices, device='meta').eval()
     n = len(every.feature_info.channels())
     wanted = range(n - out_indices, n) if isinstance(out_indices, int) else sorted(i % n for i in out_indices)
     assert model.feature_info.channels() == [every.feature_info.channels()[i] for i in wanted]
@@ -94,32 +94,32 @@ def test_out_indices(model_name, out_indices):
     assert [64 // o.shape[-1] for o in outputs] == model.feature_info.reduction()
 
 
-def test_bad_arguments(model_name):
+def test_bad_arguments(network):
     with pytest.raises(TypeError, match='no_such_argument'):
-        create_model(model_name, no_such_argument=1, device='meta')
+        create_model(network, no_such_argument=1, device='meta')
     with pytest.raises(ValueError, match=r'output_stride=4 .*8, 16 and 32'):
-        create_model(model_name, output_stride=4, device='meta')
+        create_model(network, output_stride=4, device='meta')
     for bad in ((9,), (-9,), 9, 0, (1, 1), ()):
         with pytest.raises(ValueError, match='out_indices'):
-            create_model(model_name, features_only=True, out_indices=bad, device='meta')
+            create_model(network, features_only=True, out_indices=bad, device='meta')
     with pytest.raises(ValueError, match='global_pool'):
-        create_model(model_name, num_classes=7, global_pool='', device='meta')
+        create_model(network, num_classes=7, global_pool='', device='meta')
 
 
-def test_device_context(model_name):
+def test_device_context(network):
     with torch.device('meta'):
-        assert all(p.device.type == 'meta' for p in create_model(model_name).parameters())
+        assert all(p.device.type == 'meta' for p in create_model(network).parameters())
 
 
 @pytest.mark.parametrize('in_chans', [1, 4])
-def test_in_chans(model_name, in_chans):
-    model = create_model(model_name, in_chans=in_chans, num_classes=5, device='meta')
+def test_in_chans(network, in_chans):
+    model = create_model(network, in_chans=in_chans, num_classes=5, device='meta')
     assert model.in_chans == in_chans
     assert model(torch.empty(2, in_chans, 64, 64, device='meta')).shape == (2, 5)
 
 
-def test_classifier(model_name):
-    model = create_model(model_name, num_classes=7, device='meta').eval()
+def test_classifier(network):
+    model = create_model(network, num_classes=7, device='meta').eval()
     x = torch.empty(2, 3, 64, 64, device='meta')
     features = model.forward_features(x)
     assert features.shape[1] == model.num_features
@@ -135,7 +135,7 @@ def test_classifier(model_name):
     assert model.num_classes == 3 and model(x).shape == (2, 3)
     model.reset_classifier(0)
     assert model(x).shape == (2, model.head_hidden_size)
-    assert create_model(model_name, num_classes=0, global_pool='', device='meta').eval()(x).ndim == 4
+    assert create_model(network, num_classes=0, global_pool='', device='meta').eval()(x).ndim == 4
 
 
 def test_group_matcher(model_name):
@@ -179,12 +179,12 @@ def test_features_agree(model_name):
 
 
 @pytest.mark.parametrize('feature_cls', ['dict', 'hook', 'fx', 'getter'])
-def test_every_extractor(model_name, feature_cls):
+def test_every_extractor(network, feature_cls):
     extractors = []
     for cls in ('list', feature_cls):
         torch.manual_seed(1)
         kwargs = dict(features_only=True, feature_cls=cls, out_indices=(-1, 1))
-        extractors.append(create_model(model_name, **kwargs).eval())
+        extractors.append(create_model(network, **kwargs).eval())
     x = image(1)
     with torch.no_grad():
         expected, outputs = (extractor(x) for extractor in extractors)
@@ -193,8 +193,8 @@ def test_every_extractor(model_name, feature_cls):
     assert extractors[1].feature_info.channels() == [o.shape[1] for o in outputs]
 
 
-def test_prune(model_name):
-    model = create(model_name)
+def test_prune(network):
+    model = create(network)
     x = image()
     with torch.no_grad():
         taps = model.forward_intermediates(x, intermediates_only=True)
@@ -211,9 +211,9 @@ def test_prune(model_name):
 
 
 @pytest.mark.parametrize('features', [False, True])
-def test_gradient_checkpointing(model_name, features):
+def test_gradient_checkpointing(network, features):
     kwargs = dict(features_only=True) if features else dict(num_classes=10)
-    model = create(model_name, **kwargs).train()
+    model = create(network, **kwargs).train()
     x = image()
 
     def step(checkpointing):
@@ -229,8 +229,8 @@ def test_gradient_checkpointing(model_name, features):
     assert all(torch.allclose(grads[name], grads_again[name], rtol=1e-5, atol=1e-7) for name in grads)
 
 
-def test_odd_size(model_name):
-    model = create(model_name)
+def test_odd_size(network):
+    model = create(network)
     with torch.no_grad():
         taps = model.forward_intermediates(image(1, size=(70, 109)), intermediates_only=True)
         assert model(image(1, size=(70, 109))).isfinite().all()
@@ -239,8 +239,8 @@ def test_odd_size(model_name):
             assert length in (full // info['reduction'], -(-full // info['reduction']))
 
 
-def test_bfloat16_and_channels_last(model_name):
-    model = create(model_name)
+def test_bfloat16_and_channels_last(network):
+    model = create(network)
     x = image(1, size=(96, 96))  # a map of one pixel has no memory format
     with torch.no_grad():
         expected = model(x)
@@ -272,8 +272,8 @@ def test_reparameterize(model_name):
             assert distance(a, b) < 1e-5
 
 
-def test_sync_batch_norm(model_name):
-    model = create(model_name)
+def test_sync_batch_norm(network):
+    model = create(network)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()
     assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
     x = image()
@@ -281,21 +281,21 @@ def test_sync_batch_norm(model_name):
         assert torch.equal(converted(x), model(x))
 
 
-def test_norm_and_act_layers(model_name):
+def test_norm_and_act_layers(network):
     x = image()
-    frozen = create_model(model_name, norm_layer=FrozenBatchNorm2d, num_classes=4)
+    frozen = create_model(network, norm_layer=FrozenBatchNorm2d, num_classes=4)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
     assert frozen(x).shape == (2, 4)
-    by_name = create_model(model_name, norm_layer='frozenbatchnorm2d', act_layer='hard_swish', num_classes=4)
+    by_name = create_model(network, norm_layer='frozenbatchnorm2d', act_layer='hard_swish', num_classes=4)
     assert {type(m) for m in by_name.modules()} >= {FrozenBatchNorm2d}
     assert any('swish' in type(m).__name__.lower() for m in by_name.modules()) and by_name(x).shape == (2, 4)
-    model = create_model(model_name, bn_eps=0.02, bn_momentum=0.3, device='meta')
+    model = create_model(network, bn_eps=0.02, bn_momentum=0.3, device='meta')
     assert {(m.eps, m.momentum) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {(0.02, 0.3)}
 
 
-def test_drop(model_name):
-    model = create(model_name, drop_rate=0.3, drop_path_rate=0.3, drop_block_rate=0.3, num_classes=4)
-    plain = create(model_name, num_classes=4)
+def test_drop(network):
+    model = create(network, drop_rate=0.3, drop_path_rate=0.3, drop_block_rate=0.3, num_classes=4)
+    plain = create(network, num_classes=4)
     kinds = {type(m).__name__ for m in model.modules()}
     assert kinds >= {'DropPath', 'DropBlock2d'}
     assert model.state_dict().keys() == plain.state_dict().keys()

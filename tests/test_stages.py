@@ -11,8 +11,8 @@ import torch.nn as nn
 from timm.models import create_model
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from tests.stages import NETWORKS, create_stages, forms
-from tests.zoo import ALL, create_short, distance, structure
+from tests.stages import NETWORKS, forms
+from tests.zoo import ALL, create_short, distance, representatives, structure
 
 SIZE = 64
 
@@ -23,7 +23,7 @@ def image(batch=2, size=(SIZE, SIZE)):
 
 def test_every_form_is_there():
     """A stage or a block that no network of ``stages.py`` has would be seen by no compiler."""
-    known = set().union(*(forms(create_stages(name)) for name in NETWORKS))
+    known = set().union(*(forms(timm.create_model(name, device='meta')) for name in NETWORKS))
     missing = {f: name for name in ALL for f in forms(timm.create_model(name, device='meta')) - known}
     assert not missing, f'put into a network of tests/stages.py: {missing}'
 
@@ -120,6 +120,9 @@ def test_export_and_onnx(build, tmp_path):
     assert all(distance(torch.from_numpy(a), b) < 1e-4 for a, b in zip(outputs, expected))
 
 
+@pytest.mark.parametrize('network', [  # those with more blocks than a stem's maps weigh
+    'stages_detectors', 'stages_paper', *(pytest.param(name, marks=pytest.mark.slow) for name in representatives()),
+])
 def test_gradient_checkpointing_saves_memory(build):
     """What a step holds beside parameters and gradients is at most half; of more blocks, less."""
 
