@@ -35,10 +35,13 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> int:
         The number, half of what PyTorch's ``FlopCounterMode`` counts.
     """
     parameter = next(model.parameters())
-    training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    model.train(training)
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.eval()(torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        for module in training:  # each by itself: parts of the model may be frozen in eval mode
+            module.training = True
     return counter.get_total_flops() // 2
 
 

@@ -185,7 +185,8 @@ def fold_batch_norm(conv: Any, bn: Any) -> nn.Conv2d:
         bn: A module with ``running_mean``, ``running_var``, ``weight``, ``bias`` and ``eps``.
 
     Returns:
-        A new convolution with a bias that gives what both gave in eval mode.
+        A new convolution with a bias that gives what both gave in eval mode. Its weight and its bias are trainable
+        where something that they are made of is.
     """
     weight, bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
@@ -193,8 +194,14 @@ def fold_batch_norm(conv: Any, bn: Any) -> nn.Conv2d:
         conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, padding=conv.padding,
         dilation=conv.dilation, groups=conv.groups, bias=True, device='meta',
     )
-    fused.weight, fused.bias = weight, bias
+    fused.weight, fused.bias = weight, bias  # PyTorch has given both whatever the convolution's own had
+    fused.weight.requires_grad_(_trainable(conv.weight, bn.weight))
+    fused.bias.requires_grad_(_trainable(conv.bias, bn.bias))
     return fused.train(conv.training)
+
+
+def _trainable(*tensors: Any) -> bool:
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
 def zero_init(layer: nn.Module) -> None:
@@ -382,6 +389,8 @@ class RepConv(nn.Module):
             alpha: Any = 1. if self.alpha is None else self.alpha
             fused.weight += nn.functional.pad(point.weight * alpha, (1, 1, 1, 1))
             fused.bias += point.bias * alpha
+        fused.weight.requires_grad_(_trainable(fused.weight, point.weight, alpha))
+        fused.bias.requires_grad_(_trainable(fused.bias, point.bias, alpha))
         return nn.Sequential(OrderedDict(conv=fused, drop=self.drop, act=self.act)).train(self.training)
 
 
@@ -416,16 +425,17 @@ class SpatialPyramidPool(nn.Module):
         """
         super().__init__()
         self.conv1 = ConvNormAct(in_chs, in_chs // 2, act_layer=entry_act_layer, **layer_kwargs)
-        self.pool = nn.MaxPool2d(5, stride=1, padding=2)
+        # A module each: what follows a map through the modules (attribution, hooks) takes no module twice.
+        self.pool5, self.pool9, self.pool13 = (nn.MaxPool2d(5, stride=1, padding=2) for _ in range(3))
         self.conv2 = ConvNormAct(in_chs // 2 * 4, out_chs, act_layer=act_layer, **layer_kwargs)
         self.shortcut = shortcut and in_chs == out_chs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Transform ``(B, in_chs, H, W)``."""
         y = self.conv1(x)
-        y5 = self.pool(y)
-        y9 = self.pool(y5)
-        y = self.conv2(torch.cat([y, y5, y9, self.pool(y9)], dim=1))
+        y5 = self.pool5(y)
+        y9 = self.pool9(y5)
+        y = self.conv2(torch.cat([y, y5, y9, self.pool13(y9)], dim=1))
         return y + x if self.shortcut else y
 
 

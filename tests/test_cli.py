@@ -67,6 +67,10 @@ def test_counts_are_timms():
     assert count_parameters(ours) == count_parameters(theirs)
     assert count_macs(ours, (3, 256, 256)) == count_macs(theirs, (3, 256, 256))
     assert ours.training  # counting leaves the mode as it was
+    ours.stem.eval()  # as whoever freezes a part leaves it
+    frozen = {name for name, module in ours.named_modules() if not module.training}
+    count_macs(ours, (3, 64, 64))
+    assert {name for name, module in ours.named_modules() if not module.training} == frozen and frozen
 
 
 def test_features_prints_every_level(capsys):

@@ -360,6 +360,17 @@ def test_lightly_simclr(name):
 
 # Explanation, pruning
 
+@needs('captum')
+@pytest.mark.parametrize('name', ['cspnet_small', 'cspnet_yolov8n', 'cspnet_yolox_nano', 'cspnet_ppyoloe_s'])
+def test_captum(name):
+    """DeepLift takes a network in which no module is called twice; pools in a row are a module each."""
+    from captum.attr import DeepLift
+
+    model = timm.create_model(name, num_classes=4).eval()
+    attribution = DeepLift(model).attribute(torch.rand(1, 3, 64, 64), target=1)
+    assert attribution.shape == (1, 3, 64, 64) and bool(attribution.isfinite().all()) and bool(attribution.any())
+
+
 @needs('pytorch_grad_cam')
 @pyramids
 def test_grad_cam(name):

@@ -54,6 +54,24 @@ def differences(a, b):
     return [distance(p, q) for p, q in zip(a, b)] if isinstance(b, (list, tuple)) else [distance(a, b)]
 
 
+# Folding
+
+
+def test_what_is_folded_is_trainable_where_its_parts_are():
+    for name in ('cspnet_nano', 'cspnet_ppyoloe_plus_t'):
+        model = timm.create_model(name)
+        assert all(p.requires_grad for p in reparameterize_model(model).parameters())
+        assert not any(p.requires_grad for p in reparameterize_model(model.requires_grad_(False)).parameters())
+    model = timm.create_model('cspnet_nano', norm_layer='frozenbatchnorm2d')  # its offsets are no parameters
+    trainable = {name for name, p in reparameterize_model(model).named_parameters() if p.requires_grad}
+    assert {'stem.conv1.conv.weight', 'head.fc.bias'} <= trainable and 'stem.conv1.conv.bias' not in trainable
+    model = timm.create_model('cspnet_nano')
+    model.stem.requires_grad_(False)
+    folded = reparameterize_model(model)
+    assert {name.split('.')[0] for name, p in folded.named_parameters() if not p.requires_grad} == {'stem'}
+    assert all(p.requires_grad for p in folded.layer1.parameters())
+
+
 # Forms
 
 
