@@ -193,7 +193,8 @@ def deployed(
     """
     backends = [
         n for n, b in BACKENDS.items()
-        if b.unavailable(x.device) is None and precision in b.precisions(x.device) and (x.is_cuda or n != 'inductor')
+        if b.unavailable(x.device) is None and precision in b.precisions(x.device) and not b.on_request
+        and (x.is_cuda or n != 'inductor')
     ]
     calibration = [x] if precision == 'int8' else None
     network = deploy(

@@ -17,17 +17,27 @@ from timm.models import reparameterize_model
 from cspnet_timm import deploy
 from cspnet_timm.deployment import Deployed, DeployError, search
 from cspnet_timm.deployment.backends import BACKENDS, Arrangement
-from cspnet_timm.deployment.forms import FORMS, JointPartition, SumMerge, join_partitions, regroup, split_merges
+from cspnet_timm.deployment.forms import (
+    FORMS,
+    JointPartition,
+    SumMerge,
+    join_partitions,
+    regroup,
+    space_to_depth,
+    split_merges,
+)
 from cspnet_timm.deployment.machine import interleave, native_precisions
 from cspnet_timm.deployment.quantize import quantize
+from tests.samples import FAMILIES
 from tests.zoo import create, distance
 
 CPU = torch.device('cpu')
 DATA = [name for name, backend in BACKENDS.items() if not backend.runs_code]
+GPU = torch.device('cuda')
 # What rounding may make of a network with random statistics.
 BOUNDS = {'float32': 1e-4, 'bfloat16': 0.05, 'int8': 0.2}
 CASES = [
-    pytest.param(name, precision, marks=pytest.mark.slow if name == 'inductor' else ())
+    pytest.param(name, precision, marks=pytest.mark.slow if name.startswith('inductor') else ())
     for name, backend in BACKENDS.items() for precision in BOUNDS if precision in backend.precisions(CPU)
 ]
 
@@ -123,6 +133,42 @@ def test_what_a_form_changes(name, form, count):
     x = image()
     with torch.no_grad():
         assert distance(changed(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize('in_chs', [1, 3, 4])
+@pytest.mark.parametrize(
+    'kernel, pad', [(2, 0), (3, 1), (3, 0), (4, 1), (4, 2), (5, 2), (6, 2), (7, 3), (7, 2), (8, 3)])
+def test_a_stem_reads_patches(in_chs, kernel, pad):
+    """Exact to rounding for every kernel and odd sizes; a multiple of eight channels, and three taps or more."""
+    conv = nn.Conv2d(in_chs, 8, kernel, stride=2, padding=pad).double()
+    patches = space_to_depth(nn.Sequential(conv))[0]
+    assert patches.conv.in_channels == {1: 8, 3: 16, 4: 16}[in_chs] and patches.conv.stride == (1, 1)
+    assert patches.conv.kernel_size[0] == max(3, (kernel + 2) // 2 if pad % 2 else (kernel + 1) // 2)
+    with torch.no_grad():
+        for size in ((16, 16), (15, 16), (16, 17), (9, 11)):
+            x = torch.randn(2, in_chs, *size).double()
+            assert torch.allclose(patches(x), conv(x), rtol=0, atol=1e-12)
+
+
+def test_stems_of_the_families():
+    kernels = {}
+    for name in (*FAMILIES, 'cspnet_yolov5n', 'cspnet_resnet50'):
+        model = reparameterize_model(create(name))
+        changed = space_to_depth(model)
+        if changed is not None:
+            conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+            kernels.setdefault(conv.kernel_size[0], []).append(name)
+            x = image(size=(64, 96))
+            with torch.no_grad():
+                assert distance(changed.stem(x), model.stem(x)) < 1e-6
+    assert {3, 6, 7} <= set(kernels)
+
+
+def test_convolutions_that_read_no_patches():
+    for kwargs in (dict(stride=1), dict(stride=2, dilation=2), dict(stride=2, padding=(1, 0)), dict(stride=(2, 1)),
+                   dict(stride=2, padding=1, padding_mode='reflect'), dict(stride=2, groups=3)):
+        assert space_to_depth(nn.Sequential(nn.Conv2d(3, 6, 3, **kwargs))) is None
+    assert space_to_depth(nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1))) is None
 
 
 def test_regroup_keeps_what_it_cannot_widen():
@@ -504,13 +550,49 @@ def test_a_gpu_is_timed_by_its_events(monkeypatch):
     assert called.count('one') == 5 * 27 + 2 and called.count('two') == 2 * (5 * 13 + 2)
 
 
+def test_what_is_tried_on_a_gpu(monkeypatch):
+    """The compiler as it is, with forms of the network; tuning for minutes when it is asked for."""
+    monkeypatch.setattr(search, 'native_precisions', lambda device: ('float32', 'float16', 'bfloat16'))
+    for name in ('eager', 'inductor', 'inductor_tuned'):
+        monkeypatch.setattr(BACKENDS[name], 'precisions', classmethod(lambda cls, device: ('float32', 'bfloat16')))
+        assert BACKENDS[name].forms(GPU) == ('space_to_depth', 'join_partitions', 'split_merges')
+        if name != 'eager':
+            assert BACKENDS[name].isolated and BACKENDS[name].options['freezing']
+            monkeypatch.setattr(BACKENDS[name], 'unavailable', classmethod(lambda cls, device: None))
+    pairs, left_out = search._pairs('auto', 'auto', False, GPU)
+    assert pairs == [('inductor', 'bfloat16'), ('eager', 'bfloat16')]
+    assert "backend='inductor_tuned'" in left_out['inductor_tuned'] and 'computes on the CPU' in left_out['native']
+    assert 'max_autotune' not in BACKENDS['inductor'].options and BACKENDS['inductor_tuned'].options['max_autotune']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('forms', [['space_to_depth'], ['space_to_depth', 'join_partitions', 'split_merges']])
+def test_the_compiler_takes_the_forms(forms):
+    """What is searched on a GPU computes the same, compiled, here too."""
+    needs('inductor')
+    model = reparameterize_model(create('cspnet_nano', num_classes=4))
+    changed = model
+    for form in forms:
+        changed = FORMS[form](changed)
+    x = image(2)
+    compiled = BACKENDS['inductor'].convert(search.TupleOutputs(changed), x, 'float32').runner(Arrangement(1, 2), 1)
+    with torch.no_grad():
+        for batch in (1, 2, 3):
+            x = image(batch)
+            assert distance(compiled(x)[0], model(x)) < 1e-5
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 @pytest.mark.parametrize('backend', ['inductor', 'eager'])
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'float16'])
-def test_gpu(backend, precision):
+def test_gpu(backend, precision, tmp_path):
     model = create('cspnet_nano').cuda()
-    deployed = quick(model, image(4).cuda(), backend=backend, precision=precision)
+    deployed = quick(model, image(4).cuda(), backend=backend, precision=precision, isolate=True)
     for batch in (1, 4, 7):
         x = image(batch).cuda()
         with torch.no_grad():
             assert distance(deployed(x), model(x)) < BOUNDS.get(precision, 0.05)
+    deployed(x).add_(1)  # of no use to the next call
+    path = tmp_path / 'network.deployed'
+    deployed.save(path)
+    assert distance(deploy.load(path, allow_code=True)(x), deployed(x)) < 1e-6

@@ -11,8 +11,9 @@ import torch.nn as nn
 
 from ..cross_stage import ComposedStage
 
-__all__ = ['FORMS', 'join_partitions', 'regroup', 'split_merges']
+__all__ = ['FORMS', 'join_partitions', 'regroup', 'space_to_depth', 'split_merges']
 
+PATCH_CHANNELS, PATCH_MULTIPLE = 4, 8  # channels of an image at most, and what those of its patches are filled up to
 GROUP_WIDTH = 32  # channels that a matrix unit takes at a time in bfloat16
 
 
@@ -97,8 +98,81 @@ def split_merges(model: nn.Module) -> Optional[nn.Module]:
     return _changed(model, change)
 
 
+def space_to_depth(model: nn.Module) -> Optional[nn.Module]:
+    """Read patches of 2×2 pixels as channels, and convolve these with stride 1 and a kernel half as wide.
+
+    Three channels leave a matrix unit idle, and a stride scatters what it reads; twelve or sixteen channels in a row do
+    neither.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The network with such a stem, or None if no convolution of stride 2 reads four channels or fewer.
+    """
+
+    def change(conv: nn.Module) -> Optional[nn.Module]:
+        if not isinstance(conv, nn.Conv2d) or conv.in_channels > PATCH_CHANNELS or conv.kernel_size[0] < 2:
+            return None
+        if conv.stride != (2, 2) or conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != 'zeros':
+            return None
+        same = conv.kernel_size[0] == conv.kernel_size[1] and conv.padding in ((p, p) for p in range(8))
+        return PatchConv(conv) if same else None
+
+    return _changed(model, change)
+
+
 FORMS: Dict[str, Callable[[nn.Module], Optional[nn.Module]]] = {
-    'regroup': regroup, 'join_partitions': join_partitions, 'split_merges': split_merges}
+    'regroup': regroup, 'join_partitions': join_partitions, 'split_merges': split_merges,
+    'space_to_depth': space_to_depth,
+}
+
+
+class PatchConv(nn.Module):
+    """A convolution of stride 2 as a rearrangement and a convolution of stride 1.
+
+    Tap ``t`` of a kernel with padding ``p`` reads pixel ``2 i + t - p`` for output ``i``: pixel ``(t - p) mod 2`` of
+    patch ``i + floor((t - p) / 2)``.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        """
+        Args:
+            conv: A convolution of stride 2 with a square kernel.
+        """
+        super().__init__()
+        kernel, pad, channels = conv.kernel_size[0], int(conv.padding[0]), conv.in_channels
+        self.kernel, self.pad = kernel, pad
+        self.before = -(-pad // 2)  # patches that are read before the output's own
+        after = max((kernel - 1 - pad) // 2, 2 - self.before, 0)  # at least 3×3, for which units are made
+        self.width = self.before + after + 1
+        self.symmetric = self.before == after and 2 * pad < kernel
+        self.idle = -4 * channels % PATCH_MULTIPLE
+        weight = conv.weight.new_zeros(conv.out_channels, channels, 2, 2, self.width, self.width)
+        for y in range(kernel):
+            for x in range(kernel):
+                (dy, ry), (dx, rx) = divmod(y - pad, 2), divmod(x - pad, 2)
+                weight[:, :, ry, rx, dy + self.before, dx + self.before] = conv.weight[:, :, y, x]
+        weight = nn.functional.pad(weight.flatten(1, 3), (0, 0, 0, 0, 0, self.idle))
+        patches = nn.Conv2d(
+            weight.shape[1], conv.out_channels, self.width, padding=self.before if self.symmetric else 0, device='meta')
+        self.conv = _with_weights(patches, weight.contiguous(), conv.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve ``(B, C, H, W)``."""
+        height, width = ((n + 2 * self.pad - self.kernel) // 2 + 1 for n in x.shape[-2:])
+        if self.symmetric:  # the convolution has the zeros around
+            bottom, right, first = x.shape[-2] % 2, x.shape[-1] % 2, 0
+        else:
+            first = 2 * self.before
+            bottom, right = (
+                2 * (out + self.width - 1) - first - n for out, n in zip((height, width), x.shape[-2:]))
+        if first or bottom or right:
+            x = nn.functional.pad(x, (first, right, first, bottom))
+        x = nn.functional.pixel_unshuffle(x, 2)
+        if self.idle:
+            x = nn.functional.pad(x, (0, 0, 0, 0, 0, self.idle))
+        return self.conv(x)[..., :height, :width]
 
 
 class JointPartition(nn.Module):

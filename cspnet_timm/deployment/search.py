@@ -325,7 +325,7 @@ def deploy(
         precision: ``'float32'``, ``'bfloat16'``, ``'float16'``, ``'int8'``, or ``'auto'`` for the narrowest
             floating point that the hardware has, and int8 too if there is ``calibration``.
         backend: ``'native'``, ``'openvino'``, ``'onnxruntime'``, ``'inductor'``, ``'eager'``, several of them, or
-            ``'auto'`` for all that are installed.
+            ``'auto'`` for all that are installed; ``'inductor_tuned'`` takes minutes, and is tried by name alone.
         calibration: Batches of images, normalised as the model's input, that int8 takes its scales from.
         threads: Threads that compute, ``torch.get_num_threads()`` by default.
         max_difference: Refuse what differs more from the model than this, ``|a - b| / |b|`` on the example; by

@@ -8,11 +8,12 @@ from typing import Dict, Type
 
 from .base import TORCH_TYPES, Arrangement, Backend, Runner
 from .eager import Eager
-from .inductor import Inductor
+from .inductor import Inductor, InductorTuned
 from .native import Native
 from .onnxruntime import OnnxRuntime
 from .openvino import OpenVino
 
 __all__ = ['BACKENDS', 'TORCH_TYPES', 'Arrangement', 'Backend', 'Runner']
 
-BACKENDS: Dict[str, Type[Backend]] = {b.name: b for b in (Native, OpenVino, OnnxRuntime, Inductor, Eager)}
+BACKENDS: Dict[str, Type[Backend]] = {
+    b.name: b for b in (Native, OpenVino, OnnxRuntime, Inductor, InductorTuned, Eager)}

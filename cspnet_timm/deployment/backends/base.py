@@ -11,14 +11,15 @@ import torch
 import torch.nn as nn
 
 __all__ = [
-    'TORCH_TYPES', 'Arrangement', 'Backend', 'Outputs', 'Recent', 'Runner', 'as_list', 'missing', 'split_batch',
-    'stream_arrangements', 'torch_threads',
+    'GPU_FORMS', 'TORCH_TYPES', 'Arrangement', 'Backend', 'Outputs', 'Recent', 'Runner', 'as_list', 'missing',
+    'split_batch', 'stream_arrangements', 'torch_threads',
 ]
 
 Outputs = List[torch.Tensor]
 Runner = Callable[[torch.Tensor], Outputs]
 
 TORCH_TYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+GPU_FORMS = ('space_to_depth', 'join_partitions', 'split_merges')
 KEPT = 8  # compiled forms of one network that a runner keeps: those of the sizes that it was given last
 
 T = TypeVar('T')

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from ..machine import native_precisions
-from .base import TORCH_TYPES, Arrangement, Backend, Runner
+from .base import GPU_FORMS, TORCH_TYPES, Arrangement, Backend, Runner
 from .torch_runner import Adapted, TorchRunner, export, load_program, program_bytes
 
 __all__ = ['Eager']
@@ -31,6 +31,11 @@ class Eager(Backend):
     def precisions(cls, device: torch.device) -> Tuple[str, ...]:
         """Those of floating point."""
         return tuple(p for p in native_precisions(device) if p in TORCH_TYPES)
+
+    @classmethod
+    def forms(cls, device: torch.device) -> Tuple[str, ...]:
+        """On a GPU those of the compiler."""
+        return GPU_FORMS if device.type == 'cuda' else ()
 
     @classmethod
     def convert(

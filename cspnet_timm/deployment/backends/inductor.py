@@ -9,10 +9,10 @@ import torch
 import torch.nn as nn
 
 from ..machine import cpp_compiler, native_precisions
-from .base import TORCH_TYPES, Arrangement, Backend, Runner
+from .base import GPU_FORMS, TORCH_TYPES, Arrangement, Backend, Runner
 from .torch_runner import Adapted, TorchRunner, export, load_program, program_bytes
 
-__all__ = ['Inductor']
+__all__ = ['Inductor', 'InductorTuned']
 
 
 class Inductor(Backend):
@@ -51,6 +51,11 @@ class Inductor(Backend):
         return tuple(p for p in native_precisions(device) if p in TORCH_TYPES)
 
     @classmethod
+    def forms(cls, device: torch.device) -> Tuple[str, ...]:
+        """On a GPU those that read less, and feed the matrix units from the image on; a CPU compiles for too long."""
+        return GPU_FORMS if device.type == 'cuda' else ()
+
+    @classmethod
     def prepare(
             cls,
             model: nn.Module,
@@ -83,3 +88,11 @@ class Inductor(Backend):
     def from_parts(cls, parts: Dict[str, bytes], precision: str, shape: Sequence[int]) -> 'Inductor':
         """Load the package."""
         return cls(parts['network.pt2'], shape[0])
+
+
+class InductorTuned(Inductor):
+    """The same with the products tuned: minutes for a network, which paid for none that was measured."""
+
+    name = 'inductor_tuned'
+    on_request = True
+    options = {'freezing': True, 'max_autotune': True}
