@@ -92,7 +92,8 @@ def _number(value: float) -> str:
 
 
 def _figure(metrics: Dict[str, float]) -> str:
-    words = dict(top1='top-1', top5='top-5', ap='AP', ap50='AP50')
+    words = dict(top1='top-1', top5='top-5', ap='AP', ap50='AP50', mask_ap='mask AP', keypoint_ap='keypoint AP',
+                 wholebody_ap='whole-body AP', pck='PCK', nme='NME')
     figures = ', '.join(f'{words[k]} {_number(v)}' for k, v in metrics.items() if k in words)
     return f'{figures} at {metrics["size"]:g}' if figures and 'size' in metrics else figures or '–'
 
@@ -113,7 +114,8 @@ def _weights(names: List[str]) -> str:
 
 def _best(infos: List[Any], metric: str) -> str:
     """The best published figure of a model's weights, and the size of image that it is for."""
-    found = [(info.metrics[metric], info.metrics['size']) for info in infos if metric in info.metrics]
+    found = [(info.metrics[metric], info.metrics['size']) for info in infos
+             if metric in info.metrics and (metric != 'ap' or info.data == 'COCO')]
     return f'{_number(max(found)[0])} at {max(found)[1]:g}' if found else '–'
 
 

@@ -517,7 +517,8 @@ def test_every_tag_tells_its_provenance(name):
     assert info.data and info.source and info.license == cfg.license
     assert bool(info.metrics) == bool(info.metrics_source)
     assert cfg.num_classes == (1000 if 'top1' in info.metrics else 0)
-    assert cfg.pool_size == tuple(size // 32 for size in cfg.input_size[1:])
+    stride = 64 if '_p6.' in name else 32
+    assert cfg.pool_size == tuple(size // stride for size in cfg.input_size[1:])
     if cfg.license == 'agpl-3.0':
         assert cfg.url is None and cfg.hf_hub_id is None and cfg.origin_url.startswith('https://github.com/ultralytics/')
     else:

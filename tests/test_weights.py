@@ -16,7 +16,7 @@ from tests.zoo import ALL
 
 HUB_LICENSES = {'apache-2.0', 'mit', 'agpl-3.0', 'gpl-3.0', 'bsd-3-clause', 'unlicense', 'other', 'unknown'}
 TASKS = {CLASSIFICATION, DETECTION, KEYPOINTS, ROTATED, SEGMENTATION}
-METRICS = {'top1', 'top5', 'ap', 'ap50', 'size'}
+METRICS = {'top1', 'top5', 'ap', 'ap50', 'mask_ap', 'keypoint_ap', 'wholebody_ap', 'pck', 'nme', 'size'}
 FAMILIES = Path(inspect.getfile(families)).parent
 
 

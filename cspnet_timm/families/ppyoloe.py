@@ -112,6 +112,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
 
 
 _MODELS = 'https://paddledet.bj.bcebos.com/models'
+_SLICED = 'https://bj.bcebos.com/v1/paddledet/models'
 
 
 _PADDLE = License(
@@ -120,13 +121,19 @@ _PADDLE = License(
 )
 
 
-def _cfg(url: str, data: str, task: str = DETECTION, **kwargs: Any) -> Dict[str, Any]:
+def _cfg(
+        url: str,
+        data: str,
+        task: str = DETECTION,
+        metrics_source: str = 'PaddleDetection, configs/ppyoloe, for the whole detector',
+        **kwargs: Any,
+) -> Dict[str, Any]:
     metrics = kwargs.pop('metrics', {})
     return default_cfg(
         sources=[web(url)], license=_PADDLE, num_classes=0, first_conv='stem.conv1.conv', paper_ids='arXiv:2203.16250',
         paper_name='PP-YOLOE: An evolved version of YOLO',
-        info=dict(data=data, task=task, source='PaddleDetection', metrics=metrics, metrics_source=(
-            'PaddleDetection, configs/ppyoloe, for the whole detector' if metrics else '')),
+        info=dict(data=data, task=task, source='PaddleDetection', metrics=metrics,
+                  metrics_source=metrics_source if metrics else ''),
         **kwargs,
     )
 
@@ -135,10 +142,30 @@ def _in1k(size: str) -> Dict[str, Any]:
     return _cfg(f'{_MODELS}/pretrained/CSPResNetb_{size}_pretrained.pdparams', IN1K, task=CLASSIFICATION)
 
 
-def _detector(url: str, data: str, plus: bool, metrics: Dict[str, float]) -> Dict[str, Any]:
+def _detector(url: str, data: str, plus: bool, metrics: Dict[str, float], **kwargs: Any) -> Dict[str, Any]:
+    side = int(metrics['size'])
     scale: Dict[str, Any] = dict(mean=(0., 0., 0.), std=(1., 1., 1.)) if plus else {}
-    return _cfg(url, data, metrics=metrics, input_size=(3, 640, 640), pool_size=(20, 20), crop_pct=1.0,
-                crop_mode='squash', **scale)
+    return _cfg(url, data, metrics=metrics, input_size=(3, side, side), pool_size=(side // 32, side // 32),
+                crop_pct=1.0, crop_mode='squash', **scale, **kwargs)
+
+
+def _small(
+        file: str,
+        ap: float,
+        plus: bool,
+        data: str = 'VisDrone-DET',
+        size: int = 640,
+        root: str = _MODELS,
+) -> Dict[str, Any]:
+    return _detector(
+        f'{root}/{file}.pdparams', data, plus, dict(ap=ap, size=size),
+        metrics_source='PaddleDetection, configs/smalldet, for the whole detector')
+
+
+def _application(file: str, ap: float, plus: bool, data: str) -> Dict[str, Any]:
+    return _detector(
+        f'{_MODELS}/{file}.pdparams', data, plus, dict(ap=ap, size=640),
+        metrics_source='PaddleDetection, configs/ppyoloe/application, for the whole detector')
 
 
 def _coco(file: str, ap: float, plus: bool) -> Dict[str, Any]:
@@ -172,6 +199,42 @@ default_cfgs = describe_weights({
     'cspnet_ppyoloe_plus_x.coco': _coco('ppyoloe_plus_crn_x_80e_coco', 54.7, True),
     'cspnet_ppyoloe_plus_m.coco_distill': _coco('ppyoloe_plus_crn_m_80e_coco_distill', 51.0, True),
     'cspnet_ppyoloe_plus_l.coco_distill': _coco('ppyoloe_plus_crn_l_80e_coco_distill', 54.0, True),
+    'cspnet_ppyoloe_plus_l.coco_sod': _small('ppyoloe_plus_sod_crn_l_80e_coco', 53.0, True, 'COCO'),
+    'cspnet_ppyoloe_s.visdrone': _small('ppyoloe_crn_s_80e_visdrone', 23.5, False),
+    'cspnet_ppyoloe_l.visdrone': _small('ppyoloe_crn_l_80e_visdrone', 29.2, False),
+    # These have the + networks' alphas, and the images of the others.
+    'cspnet_ppyoloe_plus_s.visdrone_p2': _small('ppyoloe_crn_s_p2_alpha_80e_visdrone', 24.4, False),
+    'cspnet_ppyoloe_plus_l.visdrone_p2': _small('ppyoloe_crn_l_p2_alpha_80e_visdrone', 30.1, False),
+    'cspnet_ppyoloe_plus_l.visdrone_alpha_1920': _small(
+        'ppyoloe_crn_l_alpha_largesize_80e_visdrone', 41.9, False, size=1920),
+    'cspnet_ppyoloe_plus_l.visdrone_p2_1920': _small(
+        'ppyoloe_crn_l_p2_alpha_largesize_80e_visdrone', 41.3, False, size=1920),
+    'cspnet_ppyoloe_plus_l.visdrone_1920': _small('ppyoloe_plus_crn_l_largesize_80e_visdrone', 43.3, True, size=1920),
+    'cspnet_ppyoloe_plus_s.visdrone_sod': _small('ppyoloe_plus_sod_crn_s_80e_visdrone', 25.1, True),
+    'cspnet_ppyoloe_plus_l.visdrone_sod': _small('ppyoloe_plus_sod_crn_l_80e_visdrone', 31.9, True),
+    'cspnet_ppyoloe_plus_l.visdrone_sod_1920': _small(
+        'ppyoloe_plus_sod_crn_l_largesize_80e_visdrone', 42.7, True, size=1920),
+    'cspnet_ppyoloe_l.visdrone_sliced': _small(
+        'ppyoloe_crn_l_80e_sliced_visdrone_640_025', 38.5, False, 'VisDrone-DET, in tiles', root=_SLICED),
+    'cspnet_ppyoloe_l.dota_p2_sliced': _small(
+        'ppyoloe_p2_crn_l_80e_sliced_DOTA_500_025', 53.9, False, 'DOTA, in tiles', root=_SLICED),
+    'cspnet_ppyoloe_l.xview_p2_sliced': _small(
+        'ppyoloe_p2_crn_l_80e_sliced_xview_400_025', 14.9, False, 'xView, in tiles', root=_SLICED),
+    'cspnet_ppyoloe_m.wgisd': _application('ppyoloe_crn_m_80e_wgisd', 52.7, False, 'Embrapa WGISD, grapes'),
+    'cspnet_ppyoloe_m.exdark': _application('ppyoloe_crn_m_80e_exdark', 56.4, False, 'ExDark, low light'),
+    'cspnet_ppyoloe_m.pcb': _application('ppyoloe_crn_m_80e_pcb', 50.8, False, 'PKU-Market-PCB, circuit boards'),
+    'cspnet_ppyoloe_plus_m.obj365_wgisd': _application(
+        'ppyoloe_plus_crn_m_80e_obj365_pretrained_wgisd', 60.8, True, 'Objects365, then Embrapa WGISD, grapes'),
+    'cspnet_ppyoloe_plus_m.coco_wgisd': _application(
+        'ppyoloe_plus_crn_m_80e_coco_pretrained_wgisd', 59.7, True, 'COCO, then Embrapa WGISD, grapes'),
+    'cspnet_ppyoloe_plus_m.obj365_exdark': _application(
+        'ppyoloe_plus_crn_m_80e_obj365_pretrained_exdark', 57.7, True, 'Objects365, then ExDark, low light'),
+    'cspnet_ppyoloe_plus_m.coco_exdark': _application(
+        'ppyoloe_plus_crn_m_80e_coco_pretrained_exdark', 58.1, True, 'COCO, then ExDark, low light'),
+    'cspnet_ppyoloe_plus_m.obj365_pcb': _application(
+        'ppyoloe_plus_crn_m_80e_obj365_pretrained_pcb', 52.7, True, 'Objects365, then PKU-Market-PCB, circuit boards'),
+    'cspnet_ppyoloe_plus_m.coco_pcb': _application(
+        'ppyoloe_plus_crn_m_80e_coco_pretrained_pcb', 52.4, True, 'COCO, then PKU-Market-PCB, circuit boards'),
 })
 
 

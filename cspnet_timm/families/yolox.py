@@ -20,8 +20,8 @@ from ..cross_stage import CrossStage
 from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
 from ..naming import Naming, register_naming, rename_keys
 from ._builder import License, build_backbone, default_cfg, describe_weights, register_model, web
-from ._openmmlab import MMDETECTION
-from ._weights import DETECTION
+from ._openmmlab import MMDETECTION, MMPOSE
+from ._weights import DETECTION, KEYPOINTS
 
 __all__ = ['focus_to_conv']
 
@@ -145,6 +145,29 @@ def _mmdet(name: str, stamp: str, ap: float, size: int = 640) -> Dict[str, Any]:
         url, 'OpenMMLab', MMDETECTION, 'MMDetection, configs/yolox, for the whole detector', size=size, ap=ap)
 
 
+
+def _pose(file: str, size: int = 640, data: str = 'COCO, human keypoints', **metrics: float) -> Dict[str, Any]:
+    url = f'https://download.openmmlab.com/mmpose/v1/projects/rtmo/{file}.pth'
+    return _cfg(
+        url, 'OpenMMLab', MMPOSE, 'MMPose, projects/rtmo, for the whole network', data, KEYPOINTS, size, **metrics)
+
+
+def _yolox_pose(name: str, stamp: str, keypoint_ap: float, size: int = 640) -> Dict[str, Any]:
+    name = f'yolox-pose_{name}_8xb32-300e-rtmdet-hyp_coco'
+    return _cfg(
+        f'https://download.openmmlab.com/mmyolo/v0/yolox/pose/{name}/{name}_{stamp}.pth', 'OpenMMLab', MMPOSE,
+        'MMPose, projects/yolox_pose, for the whole network', 'COCO, human keypoints', KEYPOINTS, size,
+        keypoint_ap=keypoint_ap)
+
+
+def _humanart(name: str, digest: str, ap: float, size: int = 640) -> Dict[str, Any]:
+    url = f'https://download.openmmlab.com/mmpose/v1/projects/rtmposev1/yolox_{name}_8xb8-300e_humanart-{digest}.pth'
+    return _cfg(
+        url, 'OpenMMLab', MMPOSE, 'Human-Art, README, for the whole detector', 'Human-Art and COCO', size=size, ap=ap)
+
+
+_BODY7 = 'seven data sets of human keypoints (Body7)'
+
 default_cfgs = describe_weights({
     'cspnet_yolox_nano.coco': _megvii('nano', 25.8, 416),
     'cspnet_yolox_tiny.coco': _megvii('tiny', 32.8, 416),
@@ -156,6 +179,36 @@ default_cfgs = describe_weights({
     'cspnet_yolox_s.mmdet_coco': _mmdet('s', '20211121_095711-4592a793', 40.5),
     'cspnet_yolox_l.mmdet_coco': _mmdet('l', '20211126_140236-d3bd2b23', 49.4),
     'cspnet_yolox_x.mmdet_coco': _mmdet('x', '20211126_140254-1ef88d67', 50.9),
+    'cspnet_yolox_nano.humanart': _humanart('nano', '40f6f0d0', 38.9, 416),
+    'cspnet_yolox_tiny.humanart': _humanart('tiny', '6f3252f9', 47.7, 416),
+    'cspnet_yolox_s.humanart': _humanart('s', '3ef259a7', 54.6),
+    'cspnet_yolox_m.humanart': _humanart('m', 'c2c7a14a', 59.1),
+    'cspnet_yolox_l.humanart': _humanart('l', 'ce1d7a62', 60.2),
+    'cspnet_yolox_x.humanart': _humanart('x', 'a39d44ed', 61.3),
+    'cspnet_yolox_tiny.pose_coco': _yolox_pose('tiny', '20230427_080351-2117af67', 52.8, 416),
+    'cspnet_yolox_s.pose_coco': _yolox_pose('s', '20230427_005150-e87d843a', 63.7),
+    'cspnet_yolox_m.pose_coco': _yolox_pose('m', '20230427_094024-bbeacc1c', 69.3),
+    'cspnet_yolox_l.pose_coco': _yolox_pose('l', '20230427_041140-82d65ac8', 71.1),
+    'cspnet_yolox_s.rtmo_coco': _pose('rtmo-s_8xb32-600e_coco-640x640-8db55a59_20231211', keypoint_ap=67.7),
+    'cspnet_yolox_m.rtmo_coco': _pose('rtmo-m_16xb16-600e_coco-640x640-6f4e0306_20231211', keypoint_ap=70.9),
+    'cspnet_yolox_l.rtmo_coco': _pose('rtmo-l_16xb16-600e_coco-640x640-516a421f_20231211', keypoint_ap=72.4),
+    'cspnet_yolox_tiny.rtmo_body7': _pose(
+        'rtmo-t_8xb32-600e_body7-416x416-f48f75cb_20231219', 416, _BODY7, keypoint_ap=57.4),
+    'cspnet_yolox_s.rtmo_body7': _pose(
+        'rtmo-s_8xb32-600e_body7-640x640-dac2bf74_20231211', 640, _BODY7, keypoint_ap=68.6),
+    'cspnet_yolox_m.rtmo_body7': _pose(
+        'rtmo-m_16xb16-600e_body7-640x640-39e78cc4_20231211', 640, _BODY7, keypoint_ap=72.6),
+    'cspnet_yolox_l.rtmo_body7': _pose(
+        'rtmo-l_16xb16-600e_body7-640x640-b37118ce_20231211', 640, _BODY7, keypoint_ap=74.8),
+    'cspnet_yolox_s.rtmo_crowdpose': _pose(
+        'rtmo-s_8xb32-700e_crowdpose-640x640-79f81c0d_20231211', 640, 'CrowdPose, human keypoints', keypoint_ap=67.3),
+    'cspnet_yolox_m.rtmo_crowdpose': _pose(
+        'rrtmo-m_16xb16-700e_crowdpose-640x640-0eaf670d_20231211', 640, 'CrowdPose, human keypoints', keypoint_ap=71.1),
+    'cspnet_yolox_l.rtmo_crowdpose': _pose(
+        'rtmo-l_16xb16-700e_crowdpose-640x640-1008211f_20231211', 640, 'CrowdPose, human keypoints', keypoint_ap=73.2),
+    'cspnet_yolox_l.rtmo_body7_crowdpose': _pose(
+        'rtmo-l_16xb16-700e_body7-crowdpose-640x640-5bafdc11_20231219', 640, f'{_BODY7}, then CrowdPose',
+        keypoint_ap=83.8),
 })
 
 
