@@ -6,7 +6,7 @@ The taps are direct children of the model and have no dots in their names: ``ste
 import functools
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -15,11 +15,11 @@ from timm.models import checkpoint, named_apply
 from timm.models._features import feature_take_indices
 
 from .cross_stage import ComposedStage
+from .fitting import fit, tell_left_out
 from .layers import ActLayer, NormLayer, bind_norm_layer
+from .naming import StateDict
 
 __all__ = ['BackboneCfg', 'CspBackbone', 'Level', 'LevelArgs', 'StateDict']
-
-StateDict = Dict[str, torch.Tensor]
 
 OUTPUT_STRIDES = (8, 16, 32)
 MAX_LEVELS = 6
@@ -80,7 +80,7 @@ class BackboneCfg:
         bn_momentum: Momentum, as PyTorch counts it.
         head: Called with ``in_features``, ``num_classes``, ``pool_type``, ``drop_rate``, ``device`` and ``dtype`` by
             keyword (and ``act_layer`` and ``norm_layer`` as ``layers`` has them); timm's ``ClassifierHead`` if None.
-        convert: Turns a state dict under other key names into one of this model; returns native ones as they are.
+        convert: Turns a state dict under other key names into one under this model's; returns others as they are.
         file_order: Names the model's convolutions, classifier included, in the order in which files list them that
             name nothing (Darknet's); None if there are no such files.
     """
@@ -94,6 +94,19 @@ class BackboneCfg:
     convert: Optional[Callable[[StateDict, nn.Module], StateDict]] = field(default=None, compare=False)
     file_order: Optional[Callable[[nn.Module], List[str]]] = field(default=None, compare=False)
 
+    def __deepcopy__(self, memo: Dict[int, Any]) -> 'BackboneCfg':
+        return self
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # What a pickled model needs of it to load weights. The builders, often functions without a name, stay behind.
+        return {**self.__dict__, 'levels': (), 'act_layer': None, 'norm_layer': None, 'head': self.head and nn.Identity}
+
+
+class Fitted(Dict[str, torch.Tensor]):
+    """A state dict that has been compared with the network that it is for."""
+
+    _metadata: Any = None
+
 
 class CspBackbone(nn.Module):
     """A cross stage partial network: classifier, and feature extractor for detection and segmentation.
@@ -102,6 +115,8 @@ class CspBackbone(nn.Module):
     ``(B, feature_info[i]['num_chs'], H / r, W / r)`` with ``r = feature_info[i]['reduction']``; the logits are
     ``(B, num_classes)``.
     """
+
+    _is_fitted = False  # while a state dict is loaded that has been compared with the network
 
     def __init__(
             self,
@@ -150,6 +165,7 @@ class CspBackbone(nn.Module):
             raise ValueError(f'{len(cfg.levels)} levels cannot be built, a backbone has 2 to {MAX_LEVELS}.')
         _check_pooling(num_classes, global_pool)
         dd = {'device': device, 'dtype': dtype}
+        self.cfg = cfg
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -194,8 +210,50 @@ class CspBackbone(nn.Module):
         self.head_hidden_size = self.head.num_features
 
         named_apply(functools.partial(_init_weights, zero_init_last=zero_init_last), self)
-        if cfg.convert is not None:
-            self.register_load_state_dict_pre_hook(functools.partial(_convert_on_load, cfg.convert))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, under this network's names or under any that a framework gives them.
+
+        Args:
+            state_dict: The tensors by name, or what a training script has put around them.
+            strict: Everything that the network needs has to be there, and no weights may be left over. Counters and
+                the like, a neck and a classifier that the network does not have are passed over.
+            assign: Take the tensors themselves in place of their values.
+
+        Returns:
+            PyTorch's named tuple of missing and unexpected keys.
+
+        Raises:
+            CheckpointError: If they are another network's, or not enough; a ``ValueError`` and a ``RuntimeError``.
+        """
+        own = self.state_dict()
+        if not isinstance(state_dict, Fitted) and all(
+                isinstance(state_dict[key], torch.Tensor) for key in own if key in state_dict):
+            found = fit(state_dict, self)
+            found.check(strict)
+            tell_left_out(found)
+            others = {} if strict else {key: found.native.tensors[key] for key in found.unexpected}
+            fitted = Fitted({**found.state_dict(self), **others})
+            fitted._metadata = getattr(state_dict, '_metadata', None)
+            state_dict = fitted
+        self._is_fitted = True
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._is_fitted = False
+
+    def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args: Any) -> None:
+        # Of a network within another module, whose names are looked through here; what is missing PyTorch reports.
+        given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        if given and not self._is_fitted and not given.keys() <= self.state_dict().keys():
+            found = fit(given, self)
+            if found.tensors:
+                kept = found.unexpected if found.native.given else []
+                for key in given:
+                    del state_dict[prefix + key]
+                tensors = {**found.state_dict(self), **{key: given[key] for key in kept}}
+                state_dict.update({prefix + key: value for key, value in tensors.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def levels(self) -> List[nn.Module]:
@@ -426,15 +484,3 @@ def _init_weights(module: nn.Module, name: str, zero_init_last: bool = False) ->
         nn.init.zeros_(module.bias)
     elif zero_init_last and hasattr(module, 'zero_init_last'):
         module.zero_init_last()
-
-
-def _convert_on_load(
-        convert: Callable[[StateDict, nn.Module], StateDict],
-        module: nn.Module,
-        state_dict: StateDict,
-        prefix: str,
-        *args: Any,
-) -> None:
-    # Loading through timm's load_checkpoint (checkpoint_path, --resume) passes no filter, hence this second door.
-    own = {k[len(prefix):]: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
-    state_dict.update({prefix + k: v for k, v in convert(own, module).items()})

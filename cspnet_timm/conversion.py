@@ -14,12 +14,13 @@ import torch
 from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
 
 from . import hub
-from .backbone import CspBackbone, StateDict
-from .checkpoints import Checkpoint, CheckpointError, check_modules, open_checkpoint
+from .backbone import CspBackbone
+from .checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from .checkpoints.darknet import NETWORKS
 from .families._builder import WEIGHTS
 from .files import replaced_folder
-from .naming import candidates
+from .fitting import candidates
+from .naming import Native, to_native
 
 __all__ = ['Conversion', 'convert', 'inspect']
 
@@ -59,80 +60,32 @@ class _Target:
     name: str
     num_classes: Optional[int] = None  # None for as many as the architecture has by itself
     in_chans: int = 3
+    native: Optional[Native] = None  # its tensors, converted; None if the file does not name them
 
 
 # Recognition
 
 
-class _Converted(Exception):
-    """Ends loading once the model's own hook has run."""
-
-
-def _convert(state_dict: StateDict, model: Any) -> StateDict:
-    """What the model's own hook, where its family's ``convert`` is, makes of a state dict; nothing is loaded."""
-    converted: StateDict = {}
-
-    def stop(module: Any, own: StateDict, *_: Any) -> None:
-        converted.update(own)
-        raise _Converted
-
-    handle = model.register_load_state_dict_pre_hook(stop)
+def _natives(checkpoint: Checkpoint, look: bool = False) -> Tuple[Optional[Native], List[str]]:
+    """The network in a file, converted once, and every model of the package that it is."""
+    first: Optional[Native] = None
     try:
-        model.load_state_dict(dict(state_dict))
-    except _Converted:
-        pass
-    finally:
-        handle.remove()
-    return converted
+        for native in to_native(checkpoint, look=look):
+            first = first or native
+            if names := candidates(native):
+                return native, _told(names, checkpoint)
+    except CheckpointError:
+        if first is None and not look:
+            raise
+    return first, []
 
 
-def _fits(name: str, checkpoint: Checkpoint) -> Optional[_Target]:
-    """Compare names and shapes, but for what the user's own classes and input channels decide."""
-    model = timm.create_model(name, num_classes=checkpoint.num_classes or 1000, device='meta')
-    try:
-        converted = _convert(checkpoint.meta_state_dict(), model)
-    except (LookupError, RuntimeError, TypeError, ValueError):  # of another network; the last is also CheckpointError
-        return None
-    own = {k: v for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
-    fc = [converted[k] for k in converted if k.startswith('head.fc.')]
-    first = next((k for k, v in own.items() if k.startswith('stem.') and v.ndim == 4), '')
-    for key, value in own.items():
-        given = converted.get(key)
-        if key.startswith('head.fc.') and (given is None or given.shape[1:] == value.shape[1:]):
-            continue
-        if key == first and given is not None and given[:, :1].shape == value[:, :1].shape:
-            continue
-        if given is None or given.shape != value.shape:
-            return None
-    in_chans = converted[first].shape[1] if first else 3
-    if converted[first].shape[1] != own[first].shape[1] and own[first].shape[1] != 3:
-        return None
-    return _Target(name, fc[0].shape[0] if fc else 0, in_chans)
-
-
-def _find_models(checkpoint: Checkpoint) -> List[str]:
-    """Every model of the package that a file's tensors and modules fit."""
-    try:
-        names = candidates(checkpoint.meta_state_dict())
-    except (LookupError, RuntimeError, TypeError, ValueError):  # names that are only partly a network's
-        names = []
-    if not names:  # under other names than the detectors'
-        names = [name for name in timm.list_models(f'{_PREFIX}*') if _fits(name, checkpoint) is not None]
-    if checkpoint.modules:
-        names = [name for name in names if _same_modules(name, checkpoint)] or names
-    # Where networks differ in nothing but the name, the file's own name for it decides.
+def _told(names: List[str], checkpoint: Checkpoint) -> List[str]:
+    """Where networks differ in nothing but the name, the file's own name for it decides."""
     stem = re.sub(r'\.\w+$', '', checkpoint.network).replace('-', '_')
     sized = re.sub(r'(?<=\d)(?=_|$)', lambda _: checkpoint.scale, stem, count=1)
-    told = {f'{_PREFIX}{stem}', f'{_PREFIX}{sized}'}
+    told = {stem, f'{_PREFIX}{stem}', f'{_PREFIX}{sized}'}
     return [name for name in names if name in told] or names
-
-
-def _same_modules(name: str, checkpoint: Checkpoint) -> bool:
-    try:
-        check_modules(checkpoint, timm.create_model(name, device='meta'), _convert)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _darknet_models(path: Path) -> List[str]:
@@ -226,8 +179,17 @@ def _published(name: str, path: Path, sha256: str) -> Dict[str, str]:
     return {'data': info.data, 'source': info.source}
 
 
+def _target(path: Path, name: str, native: Optional[Native], num_classes: Optional[int]) -> _Target:
+    if native is None:
+        native = Native({}, origin=str(path))
+    if num_classes is None:
+        num_classes = native.num_classes or 0
+    stem = native.tensors.get(native.first_conv)
+    return _Target(name, num_classes, 3 if stem is None else stem.shape[1], native)
+
+
 def _create(path: Path, name: str, target: _Target) -> CspBackbone:
-    overlay: Dict[str, Any] = {'file': str(path)}
+    overlay: Dict[str, Any] = {'file': str(path)} if target.native is None else {'state_dict': target.native}
     kwargs: Dict[str, Any] = {}
     if target.num_classes is not None:
         overlay['num_classes'] = kwargs['num_classes'] = target.num_classes
@@ -254,11 +216,15 @@ def _outputs(model: CspBackbone) -> List[torch.Tensor]:
 
 def _distance(model: CspBackbone, directory: Path) -> float:
     """Load what was written as its users will, and compare."""
+    for name, value in model.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f'{name} of the converted network has NaN or infinite numbers: it is damaged.')
     loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
     distance = 0.
     for a, b in zip(_outputs(loaded), _outputs(model)):  # type: ignore[arg-type]
-        if not bool(torch.isfinite(b).all()):
-            raise CheckpointError('the converted network gives NaN or infinite numbers: its weights are damaged.')
+        if not bool(torch.isfinite(b).all()):  # weights that are no numbers have been refused: these are too large
+            distance = max(distance, 0. if torch.allclose(a, b, equal_nan=True) else float('inf'))
+            continue
         distance = max(distance, ((a - b).norm() / b.norm().clamp(min=1e-12)).item())
     return distance
 
@@ -306,9 +272,8 @@ def convert(
     else:
         with checkpoint:
             found, implied, labels = checkpoint.summary(), checkpoint.license, checkpoint.labels
-            name = model or _choose(path, _find_models(checkpoint), found)
-            fit = _fits(split_model_name_tag(name)[0], checkpoint) or _Target(name, num_classes)
-            target = _Target(name, fit.num_classes if num_classes is None else num_classes, fit.in_chans)
+            native, names = _natives(checkpoint)
+            target = _target(path, model or _choose(path, names, found), native, num_classes)
     name = _choose_tag(target.name, path, target.num_classes)
     sha256 = _sha256(path)
     terms = _license(name, license, implied, path)
@@ -359,7 +324,7 @@ def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:
         ]
     with checkpoint:
         lines = checkpoint.lines()
-        lines.append(f'model: {_listed(_find_models(checkpoint))}')
+        lines.append(f'model: {_listed(_natives(checkpoint, look=True)[1])}')
         if tensors:
             lines += [
                 f'{name}: {"x".join(map(str, info.shape)) or "scalar"} {str(info.dtype).partition(".")[2]}'

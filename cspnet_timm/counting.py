@@ -1,5 +1,5 @@
 """Parameters and operations of a network, counted on the meta device: a large model costs no more than a small one."""
-from typing import Any, Tuple
+from typing import Any, Dict, Tuple
 
 import timm
 import torch
@@ -7,9 +7,9 @@ import torch.nn as nn
 from timm.models import model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from .sizes import ModelSize, fingerprint
+from .sizes import ModelSize, activations_of, fingerprint
 
-__all__ = ['count_macs', 'count_parameters', 'measure']
+__all__ = ['count_macs', 'count_parameters', 'list_activations', 'measure']
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -45,6 +45,21 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> int:
     return counter.get_total_flops() // 2
 
 
+def list_activations(model: nn.Module) -> Dict[str, str]:
+    """Say what the layers of a network end in.
+
+    Args:
+        model: The network.
+
+    Returns:
+        Class name of the activation behind each batch norm, by the batch norm's name.
+    """
+    return {
+        name: type(getattr(model.get_submodule(name.rpartition('.')[0]), 'act', nn.Identity())).__name__
+        for name, module in model.named_modules() if hasattr(module, 'running_var') and '.' in name
+    }
+
+
 def measure(name: str) -> ModelSize:
     """Count everything that the table of sizes says of a registered model.
 
@@ -56,7 +71,7 @@ def measure(name: str) -> ModelSize:
     """
     model: Any = timm.create_model(name, device='meta')
     input_size = model.pretrained_cfg['input_size']
-    parameters, macs = count_parameters(model), count_macs(model, input_size)
+    parameters, macs, activations = count_parameters(model), count_macs(model, input_size), list_activations(model)
     if not name.endswith('_cls') and hasattr(model, 'reset_classifier'):
         model.reset_classifier(0)
     return ModelSize(
@@ -71,4 +86,5 @@ def measure(name: str) -> ModelSize:
         macs_224=count_macs(model, (3, 224, 224)),
         macs_640=count_macs(model, (3, 640, 640)),
         fingerprint=fingerprint(model.state_dict()),
+        activations=activations_of(activations),
     )

@@ -19,9 +19,10 @@ from timm.models import get_model_args, is_model, model_entrypoint, push_to_hf_h
 from timm.models._hub import generate_readme
 from timm.utils import unwrap_model
 
-from .backbone import CspBackbone
+from .backbone import CspBackbone, Fitted
 from .families._builder import WEIGHTS, WeightsInfo
 from .files import replaced_folder
+from .fitting import fit
 
 __all__ = ['About', 'model_card', 'push', 'save']
 
@@ -337,23 +338,24 @@ def _prepare(model: nn.Module, about: Optional[About], fields: Dict[str, Any]) -
 def _copy(model: CspBackbone, architecture: str, args: Dict[str, Any]) -> CspBackbone:
     """Build the model anew from what config.json will say, around the tensors of the given one."""
     copy: Any = create_model(architecture, device='meta', **args)
-    expected, given = copy.state_dict(), model.state_dict()
     rebuilt = f'{architecture}({", ".join(f"{k}={v!r}" for k, v in args.items())})'
     why = (
         f'what would be loaded, {rebuilt}, is not this model. It has been changed since it was created (fused by '
         'reparameterize_model, pruned, converted): save it before that, and change it again after loading.'
     )
-    for key in sorted(set(expected) ^ set(given)):
-        raise ValueError(f'{key} {"is missing in" if key in expected else "is only in"} the model; {why}')
+    given = model.state_dict()
     for key, value in given.items():
-        if value.shape != expected[key].shape:
-            raise ValueError(f'{key} has the shape {tuple(value.shape)}, not {tuple(expected[key].shape)}; {why}')
         if type(value) not in (torch.Tensor, nn.Parameter) or value.is_meta:
             kind = 'a meta tensor' if value.is_meta else f'a {type(value).__name__}'
             raise ValueError(f'{key} is {kind}, which has no values to save: gather or load the model first.')
+    found = fit(given, copy)
+    passed_over = [key for key in found.passed_over if not key.endswith('num_batches_tracked')]
+    if not found.is_complete or passed_over or found.own_classes != (found.native.num_classes or 0) or (
+            found.in_chans is not None and len(set(found.in_chans)) > 1):
+        raise ValueError(f'{found.counts() or "another input or classifier"}; {why}')
     # safetensors writes contiguous tensors only, and the caller's may be channels_last.
-    tensors = {k: v.detach().cpu().contiguous() for k, v in given.items()}
-    copy.load_state_dict(tensors, assign=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in found.state_dict(copy).items()}
+    copy.load_state_dict(Fitted(tensors), assign=True)
     for name in ('pretrained_cfg', 'default_cfg', '_traits'):
         setattr(copy, name, getattr(model, name))
     return copy

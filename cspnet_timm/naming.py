@@ -1,34 +1,43 @@
-"""How the frameworks name the tensors of a network, and which network a state dict holds.
+"""How the frameworks name the tensors of a network.
 
 A family says once how the frameworks name its tensors (:class:`Naming`), and announces it when it is defined
-(:func:`register_naming`). From that follow its ``convert`` and its share in :func:`recognise`, which compares with the
-registered networks themselves, built on the meta device. No family is known here by its name.
+(:func:`register_naming`). :func:`to_native` finds a network's tensors in whatever was put around them, and gives them
+this package's names, once for each checkpoint: everything that is asked of it afterwards is asked of the result. No
+family is known here by its name.
 """
 import functools
 import logging
 import re
-from dataclasses import dataclass
-from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple, Union
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.models import create_model, list_models
 
-from .backbone import StateDict
-from .checkpoints import CheckpointError
-from .sizes import Shapes, comparable_shapes
+from .checkpoints import Checkpoint, CheckpointError, describe_mapping
 
 __all__ = [
-    'Naming', 'candidates', 'namings', 'recognise', 'register_naming', 'rename_keys', 'roll_channels', 'unwrap',
+    'Native', 'Naming', 'StateDict', 'first_conv', 'is_bookkeeping', 'naming_of', 'namings', 'register_naming',
+    'rename_keys', 'roll_channels', 'say_once', 'to_native', 'unwrap',
 ]
 
 _logger = logging.getLogger(__name__)
 
-_CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'ema', 'params')
-_NATIVE = re.compile(r'(stem|layer\d|neck|head\.(fc|conv))\.')
-_NAMINGS: List['Naming'] = []
-
+StateDict = Dict[str, torch.Tensor]
+Convert = Callable[[StateDict, nn.Module], StateDict]
 Rule = Tuple[str, Union[str, Callable[[re.Match], str]]]
+
+_NATIVE = re.compile(r'(stem|layer\d|neck|head\.(fc|conv))\.')
+_ROOTS = re.compile(r'((?:.*\.)?)(stem|layer1)\.')
+_NAMINGS: List['Naming'] = []
+_MAX_PREFIXES = 4
+# Names of what a network computes with. Everything else that has a value or a row of values only counts, observes or
+# remembers: n_averaged, total_ops, activation_post_process.min_val.
+_WEIGHTS = frozenset((
+    'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked', 'alpha', '_mean', '_variance', 'gamma',
+    'beta',
+))
+_TOLD = 'told'  # stands beside a batch norm's tensors and goes where they go: what its module says
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
@@ -40,10 +49,12 @@ def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
     Returns:
         The tensors by name; whatever is none (epochs, optimisers) is left out.
     """
-    for name in _CONTAINERS:
-        if isinstance(checkpoint.get(name), Mapping):
-            return unwrap(checkpoint[name])
-    return {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
+    return describe_mapping(checkpoint).state_dict()
+
+
+def is_bookkeeping(name: str, ndim: int) -> bool:
+    """Whether a tensor is no weight, by its name and its number of dimensions."""
+    return ndim < 2 and name.rpartition('.')[2] not in _WEIGHTS and not name.endswith(f'.{_TOLD}')
 
 
 def rename_keys(state_dict: StateDict, rules: Sequence[Rule]) -> StateDict:
@@ -69,11 +80,6 @@ def roll_channels(state_dict: StateDict, key: str, dims: Sequence[int], bypass_c
         state_dict[key] = state_dict[key].roll([-bypass_chs] * len(dims), list(dims))
 
 
-@functools.cache
-def _shapes(name: str) -> Shapes:
-    return comparable_shapes(create_model(name, device='meta').state_dict())
-
-
 @dataclass(frozen=True)
 class Naming:
     """How the frameworks name the tensors of one family.
@@ -95,80 +101,62 @@ class Naming:
     rename: Callable[[StateDict, StateDict], StateDict]
     notice: str = ''
 
-    def to_native(self, checkpoint: Mapping[str, Any]) -> Optional[Tuple[StateDict, int]]:
-        """Rename a checkpoint of the family.
+    def __reduce__(self) -> Any:
+        # A pickled model refers to its family's naming by name, so that no function of a family is pickled with it.
+        return (naming_of, (self.family,)) if self in _NAMINGS else super().__reduce__()
+
+    def prefixes(self, state_dict: Mapping[str, Any]) -> List[str]:
+        """The prefixes behind which networks of the family lie, the shortest first."""
+        found = (re.fullmatch(f'(|.*\\.)(?:{self.marker})', key) for key in state_dict)
+        # A copy under a longer prefix is the one that an average is kept in during training.
+        return sorted({m[1] for m in found if m}, key=len)[:_MAX_PREFIXES]
+
+    def rename_behind(self, state_dict: StateDict, prefix: str) -> Tuple[StateDict, int]:
+        """Rename the tensors of one network.
 
         Args:
-            checkpoint: Tensors by name, or what :func:`unwrap` finds them in.
+            state_dict: The tensors.
+            prefix: One of :meth:`prefixes`.
 
         Returns:
-            The tensors of the backbone and its classifier under this package's names, and how many others were left
-            out; None if the checkpoint is not of the family.
-        """
-        whole = unwrap(checkpoint)
-        prefixes = [m[1] for m in (re.fullmatch(f'(|.*\\.)(?:{self.marker})', key) for key in whole) if m]
-        if not prefixes:
-            return None
-        # A copy under a longer prefix is the one that an average is kept in during training.
-        prefix = min(prefixes, key=len)
-        outer = re.sub(r'(backbone\.)*$', '', prefix)
-        own = {k[len(prefix):]: v for k, v in whole.items() if k.startswith(prefix)}
-        own.update({k[len(outer):]: v for k, v in whole.items() if k.startswith(f'{outer}head.fc.')})
-        renamed = self.rename(own, {k[len(outer):]: v for k, v in whole.items() if k.startswith(outer)})
-        native = {k: v for k, v in renamed.items() if _NATIVE.match(k)}
-        return native, len(whole) - len(own) + len(renamed) - len(native)
+            Those of the backbone, its neck and its classifier, under this package's names, and how many others there
+            are.
 
-    def convert(self, state_dict: StateDict, model: nn.Module) -> StateDict:
+        Raises:
+            CheckpointError: If the names are only partly the family's.
+        """
+        outer = re.sub(r'(backbone\.)*$', '', prefix)
+        whole = {k[len(outer):]: v for k, v in state_dict.items() if k.startswith(outer)}
+        own = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        own.update({k: v for k, v in whole.items() if k.startswith('head.fc.')})
+        try:
+            renamed = self.rename(own, whole)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f'holds another network; its names are only partly those of {self.family} '
+                f'({type(error).__name__}: {error}).'
+            ) from error
+        native = {k: v for k, v in renamed.items() if _NATIVE.match(k)}
+        others = {id(v) for v in whole.values()} - {id(v) for v in own.values()}
+        others -= {id(v) for v in native.values()}  # a neck, which may not lie behind the prefix
+        return native, len(state_dict) - len(whole) + len(others) + len(renamed) - len(native)
+
+    def convert(self, state_dict: StateDict, model: Optional[nn.Module] = None) -> StateDict:
         """The family's ``BackboneCfg.convert``.
 
         Args:
-            state_dict: A released file's tensors, or a native state dict, which is returned as it is.
-            model: The network to load into.
+            state_dict: A released file's tensors.
+            model: The network to load into; what it has no place for is not looked at here.
 
         Returns:
-            A complete state dict of the network, without the classifier if either side has none.
+            The network's tensors under this package's names; the state dict as it is if it is none of the family.
 
         Raises:
-            CheckpointError: If the file holds another network of the lineage.
+            CheckpointError: If the names are only partly the family's.
         """
-        renamed = self.to_native(state_dict)
-        if renamed is None:
-            if not any(_NATIVE.match(k) for k in state_dict) and (found := recognise(state_dict)) is not None:
-                raise CheckpointError(f'The checkpoint holds {found}, not {_name(model, self.family)}.')
-            return state_dict
-        if self.notice:
-            _say_once(self.notice)
-        own = model.state_dict()
-        levels = {k.split('.')[0] for k in own}  # those that pruning has left
-        with_fc = any(k.startswith('head.fc.') for k in own)
-        native = {
-            k: v for k, v in renamed[0].items()
-            if k.split('.')[0] in levels and (with_fc or not k.startswith('head.fc.'))
-        }
-        expected, given = dict(comparable_shapes(own)), dict(comparable_shapes(native))
-        if given != expected:
-            found = recognise(state_dict)
-            wrong = sorted(k for k in {**given, **expected} if given.get(k) != expected.get(k))
-            raise CheckpointError(
-                f'The checkpoint holds {found or "another network"}, not {_name(model, self.family)}: {len(wrong)} of '
-                f'its tensors are missing, too many or of another shape, among them {wrong[0]!r}.'
-            )
-        left_out = renamed[1] + len(renamed[0]) - len(native)
-        if left_out > 0 and not any(v.is_meta for v in native.values()):  # on meta it is but a look
-            _logger.info('%d tensors of neck, head and training were left out.', left_out)
-        for key, value in own.items():
-            if key.endswith('num_batches_tracked') and key not in native:
-                native[key] = torch.zeros_like(value, device='cpu')
-        return native
-
-
-@functools.cache
-def _say_once(notice: str) -> None:
-    _logger.warning(notice)
-
-
-def _name(model: nn.Module, family: str) -> str:
-    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or f'the {family} network asked for'
+        whole = {k: v for k, v in unwrap(state_dict).items() if not is_bookkeeping(k, v.ndim)}
+        prefixes = self.prefixes(whole)
+        return self.rename_behind(whole, prefixes[0])[0] if prefixes else state_dict
 
 
 def register_naming(naming: Naming) -> Naming:
@@ -189,38 +177,144 @@ def namings() -> Tuple[Naming, ...]:
     return tuple(_NAMINGS)
 
 
-def candidates(state_dict: Mapping[str, Any]) -> List[str]:
-    """Find every registered network whose tensors a state dict has, under any of the names that frameworks give them.
+def naming_of(family: str) -> Naming:
+    """The naming that a family has announced."""
+    return next(naming for naming in _NAMINGS if naming.family == family)
+
+
+@dataclass
+class Native:
+    """A network's tensors under this package's names, as a checkpoint has them, and what it tells of its layers.
+
+    Attributes:
+        tensors: The tensors, also those that some network may have no place for.
+        left_out: How many other tensors the checkpoint has, of head and training.
+        origin: The file, or ``'The checkpoint'``, for messages.
+        given: Whether the checkpoint has these names itself, without anything before them.
+        naming: The family's, None if the names are this package's.
+        bn_eps: Epsilon of batch norms, by this package's names; those of which the checkpoint tells it.
+        activations: Likewise the class of the activation behind a batch norm.
+        sources: Likewise the checkpoint's own name of the batch norm.
+        network: What the checkpoint calls the network, '' if it does not tell.
+    """
+
+    tensors: StateDict
+    left_out: int = 0
+    origin: str = 'The checkpoint'
+    given: bool = False
+    naming: Optional[Naming] = None
+    bn_eps: Dict[str, float] = field(default_factory=dict)
+    activations: Dict[str, str] = field(default_factory=dict)
+    sources: Dict[str, str] = field(default_factory=dict)
+    network: str = ''
+
+    @property
+    def num_classes(self) -> Optional[int]:
+        """Classes of the classifier, None if there is none."""
+        rows = self.tensors.get('head.fc.weight', self.tensors.get('head.fc.bias'))
+        return rows.shape[0] if rows is not None and rows.ndim else None
+
+    @property
+    def first_conv(self) -> str:
+        """Name of the convolution that reads the image, '' if it is not there."""
+        return first_conv(self.tensors)
+
+
+def first_conv(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Name of the convolution that reads the image, '' if the state dict has none."""
+    return min((k for k, v in state_dict.items() if k.startswith('stem.') and v.ndim == 4), default='')
+
+
+def _own_prefixes(state_dict: Mapping[str, Any]) -> List[str]:
+    """The prefixes behind which this package's own names lie, the shortest first."""
+    roots: Dict[str, set] = {}
+    for key in state_dict:
+        if m := _ROOTS.match(key):
+            roots.setdefault(m[1], set()).add(m[2])
+    return sorted((prefix for prefix, names in roots.items() if len(names) == 2), key=len)[:_MAX_PREFIXES]
+
+
+def _tell(checkpoint: Checkpoint, state_dict: StateDict) -> List[Tuple[str, Optional[float], str]]:
+    """Put beside each batch norm's tensors, in place, a row of numbers that stand for what its module says."""
+    told: List[Tuple[str, Optional[float], str]] = []
+    if not checkpoint.modules and not checkpoint.bn_eps:
+        return told
+    for key in [key for key in state_dict if key.endswith('.running_var')]:
+        module = key.rpartition('.')[0]
+        act = checkpoint.modules.get(f'{module.rpartition(".")[0]}.act', '')
+        state_dict[f'{module}.{_TOLD}'] = torch.full(tuple(state_dict[key].shape), len(told))
+        told.append((module, checkpoint.bn_eps.get(module), act))
+    return told
+
+
+def _hear(native: Native, told: List[Tuple[str, Optional[float], str]]) -> Native:
+    """Take what :func:`_tell` has put beside the tensors from where it has come to."""
+    for key in [key for key in native.tensors if key.endswith(f'.{_TOLD}')]:
+        module, numbers = key.rpartition('.')[0], set(native.tensors.pop(key).flatten().tolist())
+        facts = [told[number] for number in sorted(numbers)]
+        if len({fact[1:] for fact in facts}) > 1:
+            raise CheckpointError(f'{native.origin}: {facts[0][0]} and {facts[1][0]} become one layer, and differ.')
+        for source, eps, act in facts[:1]:
+            native.sources[module] = source
+            if eps is not None:
+                native.bn_eps[module] = eps
+            if act:
+                native.activations[module] = act
+    return native
+
+
+def to_native(
+        checkpoint: Union[Checkpoint, Mapping[str, Any]],
+        convert: Optional[Convert] = None,
+        network: Optional[nn.Module] = None,
+        look: bool = False,
+) -> Iterator[Native]:
+    """Give the tensors of a checkpoint this package's names.
 
     Args:
-        state_dict: Tensors by name, of a whole detector or of the backbone alone, on any device.
+        checkpoint: An open file, or what somebody has read from one.
+        convert: A network's own map, tried before those that families have announced.
+        network: What ``convert`` is asked for.
+        look: Read no tensor: only names and shapes are asked for.
 
-    Returns:
-        Names of models, more than one where networks differ in nothing that a state dict holds: YOLO11 and YOLO26.
+    Yields:
+        The network in it. Where there are several, behind other prefixes or by another family's names, they follow: the
+        next one is made when it is asked for.
+
+    Raises:
+        CheckpointError: If the file is damaged, or the names are only partly a family's.
     """
-    native = unwrap(state_dict)
-    models: Tuple[str, ...] = ('cspnet_*',)
-    for naming in _NAMINGS:
-        renamed = naming.to_native(state_dict)
-        if renamed is not None:
-            native, models = renamed[0], naming.models
-            break
-    else:
-        if not any(_NATIVE.match(k) for k in native):
-            return []
-    given = comparable_shapes(native)
-    backbone = tuple(item for item in given if not item[0].startswith('neck.'))
-    return [name for name in list_models(list(models)) if _shapes(name) == backbone] or [
-        name for name in list_models(list(models)) if _shapes(name) == given]
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = describe_mapping(checkpoint)
+    whole = checkpoint.meta_state_dict() if look else checkpoint.state_dict()
+    origin = str(checkpoint.path) if checkpoint.path.name else 'The checkpoint'
+    count = len(whole)  # before what the modules say is put beside the tensors
+    told = _tell(checkpoint, whole)
+    weights = {k: v for k, v in whole.items() if not is_bookkeeping(k, v.ndim)}
+
+    def native(tensors: StateDict, left_out: int, naming: Optional[Naming] = None, given: bool = False) -> Native:
+        left_out = max(left_out + count + len(told) - len(weights), 0)
+        return _hear(Native(
+            dict(tensors), left_out, origin=origin, given=given, naming=naming, network=checkpoint.name), told)
+
+    for prefix in _own_prefixes(whole):
+        own = {k[len(prefix):]: v for k, v in whole.items() if k.startswith(prefix) and _NATIVE.match(k, len(prefix))}
+        yield native(own, len(weights) - len(own), given=not prefix)
+    try:
+        if convert is not None and not isinstance(getattr(convert, '__self__', None), Naming) and network is not None:
+            own = convert(dict(whole), network)
+            if any(k not in whole for k in own):
+                yield native(own, 0)
+        first = getattr(convert, '__self__', None)
+        for naming in sorted(_NAMINGS, key=lambda naming: naming is not first):
+            for prefix in naming.prefixes(weights):
+                yield native(*naming.rename_behind(weights, prefix), naming)
+    except CheckpointError as error:
+        message = str(error)
+        raise error if message.startswith(origin) else CheckpointError(f'{origin}: {message}') from error
 
 
-def recognise(state_dict: Mapping[str, Any]) -> Optional[str]:
-    """Say which registered network a state dict belongs to.
-
-    Args:
-        state_dict: As :func:`candidates` takes it.
-
-    Returns:
-        Name of the model, the first one if several have the same tensors, or None.
-    """
-    return next(iter(candidates(state_dict)), None)
+@functools.cache
+def say_once(notice: str) -> None:
+    """Log a warning, once per process."""
+    _logger.warning(notice)

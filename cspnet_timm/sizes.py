@@ -9,7 +9,9 @@ from dataclasses import astuple, dataclass, fields
 from importlib import resources
 from typing import Any, Dict, Iterable, List, Mapping, Tuple
 
-__all__ = ['ModelSize', 'comparable_shapes', 'fingerprint', 'format_rows', 'model_sizes']
+__all__ = [
+    'ModelSize', 'activations_of', 'comparable_shapes', 'fingerprint', 'format_rows', 'model_sizes', 'same_activation',
+]
 
 Shapes = Tuple[Tuple[str, Tuple[int, ...]], ...]
 
@@ -32,6 +34,7 @@ class ModelSize:
         macs_640: And of 640×640 pixels.
         fingerprint: :func:`fingerprint` of the network's state dict. Networks that differ in nothing that a state dict
             holds have the same.
+        activations: :func:`activations_of` the network's layers, by which some of these can be told apart.
     """
 
     model: str
@@ -45,10 +48,12 @@ class ModelSize:
     macs_224: int
     macs_640: int
     fingerprint: str
+    activations: str
 
 
 _TUPLES = ('channels', 'reductions')
-_WORDS = ('model', 'module', 'fingerprint')
+_WORDS = ('model', 'module', 'fingerprint', 'activations')
+_SAME = {'Swish': 'SiLU', 'Hardswish': 'HardSwish'}  # classes of frameworks that do one thing
 
 
 def comparable_shapes(state_dict: Mapping[str, Any]) -> Shapes:
@@ -81,6 +86,24 @@ def fingerprint(state_dict: Mapping[str, Any]) -> str:
     """
     text = '\n'.join(f'{name} {shape}' for name, shape in comparable_shapes(state_dict))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def same_activation(kind: str) -> str:
+    """The name by which an activation is compared, of the class name that a framework has for it."""
+    return _SAME.get(kind, kind)
+
+
+def activations_of(layers: Mapping[str, str]) -> str:
+    """Reduce what the layers of a network end in to a word that the table can hold.
+
+    Args:
+        layers: Class name of the activation behind each batch norm, by the batch norm's name.
+
+    Returns:
+        The first 8 hexadecimal digits of a SHA-256.
+    """
+    text = '\n'.join(f'{name} {same_activation(kind)}' for name, kind in sorted(layers.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @functools.cache

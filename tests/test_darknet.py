@@ -149,11 +149,13 @@ def test_file_with_other_classes(mobile, tmp_path):
     bias, weight = mobile[-2:]
     path = write(tmp_path / 'mine.weights', mobile[:-2] + [bias[:10], weight[:10]])
     with pytest.raises(CheckpointError, match='would fit with 10 classes'):
-        create(MOBILE, path, num_classes=10)
-    model = timm.create_model(
-        MOBILE, pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=10))
-    assert torch.equal(model.head.fc.bias, bias[:10])
-    assert torch.equal(model.head.fc.weight, weight[:10].flatten(1))
+        create(MOBILE, path)
+    overlay = dict(file=str(path), num_classes=10)
+    for model in (create(MOBILE, path, num_classes=10),
+                  timm.create_model(MOBILE, pretrained=True, pretrained_cfg_overlay=overlay)):
+        assert torch.equal(model.head.fc.bias, bias[:10])
+        assert torch.equal(model.head.fc.weight, weight[:10].flatten(1))
+    assert create(MOBILE, path, num_classes=0).num_classes == 0
 
 
 def test_class_order():

@@ -12,8 +12,11 @@ LAYERS = ['layers', 'blocks', 'cross_stage', 'backbone']
 ALLOWED = {name: set(LAYERS[:i]) for i, name in enumerate(LAYERS)}
 ALLOWED['checkpoints'] = set()  # readers know modules and containers, and no family
 ALLOWED['sources'] = set()
-ALLOWED['naming'] = {*LAYERS, 'checkpoints', 'sizes'}
-ALLOWED['families'] = {*LAYERS, 'checkpoints', 'naming', 'sources'}
+ALLOWED['naming'] = {'checkpoints'}
+ALLOWED['fitting'] = {'checkpoints', 'naming', 'sizes'}
+ALLOWED['backbone'] |= {'fitting', 'naming'}
+ALLOWED['loading'] = {'backbone', 'checkpoints', 'fitting', 'naming'}
+ALLOWED['families'] = {*LAYERS, 'checkpoints', 'fitting', 'loading', 'naming', 'sources'}
 ALLOWED['deployment'] = {*LAYERS, 'files'}  # likewise
 ALLOWED['autoload'] = ALLOWED['files'] = set()
 ALLOWED['sizes'] = ALLOWED['feature_image'] = set()

@@ -7,26 +7,53 @@ are under the names that the file's framework or this package uses; the family's
 modules and containers, and no family.
 """
 import importlib
-import logging
+import re
 from pathlib import Path
 from types import ModuleType
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from ._errors import CheckpointError
 from .description import Checkpoint, TensorInfo
-from .fitting import Convert, check_activations, convert_eps, trace_norms
+from .memory import describe_mapping
 
-__all__ = ['Checkpoint', 'CheckpointError', 'TensorInfo', 'check_modules', 'fitted_state_dict', 'open_checkpoint',
-           'read_foreign']
-
-_logger = logging.getLogger(__name__)
+__all__ = [
+    'Checkpoint', 'CheckpointError', 'TensorInfo', 'describe_mapping', 'open_checkpoint', 'read_foreign',
+    'read_numbers',
+]
 
 _READERS: Tuple[str, ...] = ('pickled', 'tensors', 'darknet')
-_TIMMS = ('.safetensors', '.npz', '.npy')  # names of files that timm reads itself
-_HEAD_BYTES = 64
+_HEAD_BYTES = 512
+
+# What is found under the names of checkpoints and is none, by how it begins; what to do stands behind it.
+_OTHERS: Tuple[Tuple[bytes, str], ...] = (
+    (rb'version https://git-lfs', 'a Git LFS pointer, which stands for the weights: `git lfs pull` fetches them'),
+    (rb'(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype html|html|head|body|script)\b',
+     'an HTML page, which a server sent in place of the weights: open the address in a browser'),
+    (rb'(\xef\xbb\xbf)?\s*<(\?xml|error)', 'an XML page, which a server sent in place of the weights'),
+    (rb'\s*\{\s*"(error|message|detail|code|status)"', 'an error in JSON, which a server sent in place of the weights'),
+    (rb'\x1f\x8b', 'compressed by gzip: unpack it'),
+    (rb'BZh[1-9]', 'compressed by bzip2: unpack it'),
+    (rb'\xfd7zXZ\x00', 'compressed by xz: unpack it'),
+    (rb'\x28\xb5\x2f\xfd', 'compressed by zstd: unpack it'),
+    (rb'7z\xbc\xaf\x27\x1c', 'a 7z archive: unpack it'),
+    (rb'Rar!', 'a RAR archive: unpack it'),
+    (rb'\x89HDF\r\n\x1a\n', 'an HDF5 file, of Keras perhaps, which is not read'),
+    (rb'GGUF', 'a GGUF file, which is not read'),
+    (rb'....TFL3', 'a TensorFlow Lite program, which is not read'),
+    (rb'\x93NUMPY', 'a single array of numpy, without a name'),
+    (rb'.{257}ustar', 'a tar archive: unpack it, or save it with a torch of 0.1.10 or later'),
+    (rb'\x08[\x00-\x20](\x12|\x1a)', 'an ONNX program, which holds a graph and is not read'),
+)
+
+
+def _refuse_others(path: Path, head: bytes) -> None:
+    for pattern, what in _OTHERS:
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
+            kind = 'Darknet' if re.search(r'\.(weights|backup)$', path.name) else 'checkpoint'
+            raise CheckpointError(f'{path}: is no {kind} file of a kind that is known here, but {what}.')
 
 
 def _find_reader(path: Path) -> Optional[ModuleType]:
@@ -37,6 +64,7 @@ def _find_reader(path: Path) -> Optional[ModuleType]:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror or error}).') from error
     if not head:
         raise CheckpointError(f'{path}: is empty.')
+    _refuse_others(path, head)
     for name in _READERS:
         reader = importlib.import_module(f'{__name__}.{name}')
         if reader.recognises(path, head):
@@ -55,7 +83,8 @@ def open_checkpoint(path: Union[str, Path]) -> Optional[Checkpoint]:
         path: The file.
 
     Returns:
-        The open checkpoint, a context manager; None if the file is of a kind that does not name its tensors.
+        The open checkpoint, a context manager; None if the file is of a kind that does not name its tensors, for
+        :func:`read_numbers`.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or of no kind that is known.
@@ -64,103 +93,65 @@ def open_checkpoint(path: Union[str, Path]) -> Optional[Checkpoint]:
     reader = _find_reader(path)
     if reader is None:
         raise _unknown(path)
-    return _describe(reader, path) if hasattr(reader, 'describe') else None
-
-
-def _describe(reader: ModuleType, path: Path) -> Checkpoint:
     try:
-        return reader.describe(path)
+        if not hasattr(reader, 'describe'):
+            return reader.check(path)
+        checkpoint = reader.describe(path)
     except CheckpointError as error:
-        raise CheckpointError(f'{path}: {error}') from error
+        message = str(error)
+        raise error if message.startswith(f'{path}: ') else CheckpointError(f'{path}: {message}') from error
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror or error}).') from error
+    return checkpoint
 
 
-def check_modules(
-        checkpoint: Checkpoint,
-        model: nn.Module,
-        convert: Optional[Convert] = None,
-) -> List[Tuple[str, str]]:
-    """Compare a checkpoint's names and shapes, and what its modules say if it has any, with a network.
-
-    Args:
-        checkpoint: The open file.
-        model: The network that it is for, on any device, ``'meta'`` included.
-        convert: The family's map from the file's names to the network's.
-
-    Returns:
-        Pairs of names: batch norms of the file, and what they become in the network.
-
-    Raises:
-        CheckpointError: If the file is for another network, or has other activations.
-    """
-    try:
-        norms = trace_norms(checkpoint, model, convert)
-    except CheckpointError as error:
-        raise CheckpointError(f'{checkpoint.path}: {error}') from error
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f'{checkpoint.path}: holds another network; its names are only partly those of the one '
-                              f'asked for ({type(error).__name__}: {error}).') from error
-    check_activations(checkpoint, model, norms)
-    return norms
-
-
-def fitted_state_dict(
-        checkpoint: Checkpoint,
-        model: nn.Module,
-        convert: Optional[Convert] = None,
-) -> Dict[str, torch.Tensor]:
-    """Read a checkpoint's tensors for a network, with everything taken into account that its modules say.
-
-    Args:
-        checkpoint: The open file.
-        model: The network that it is for, on any device, ``'meta'`` included.
-        convert: The family's map from the file's names to the network's. It is only looked through: the tensors keep
-            the file's names.
-
-    Returns:
-        The state dict. Where the file's batch norms have another epsilon than the network's, their running variances
-        are moved so that the network computes the same.
-
-    Raises:
-        CheckpointError: If the file is damaged, or for another network, or has other activations.
-    """
-    norms = check_modules(checkpoint, model, convert)
-    state_dict = checkpoint.state_dict()
-    convert_eps(checkpoint, model, norms, state_dict)
-    return state_dict
-
-
-def read_foreign(
+def read_numbers(
         path: Union[str, Path],
         model: nn.Module,
         allow_partial: bool = False,
-        convert: Optional[Convert] = None,
         classifier: bool = True,
-) -> Optional[Dict[str, torch.Tensor]]:
-    """Read a file that timm cannot read by itself, or would have to trust.
+) -> Dict[str, torch.Tensor]:
+    """Read a file of a kind that does not name its tensors.
 
     Args:
         path: The file.
         model: The network that it is for, on any device, ``'meta'`` included: only its shapes are looked at.
-        allow_partial: Accept a file that holds the network's beginning only, if its kind has such files.
-        convert: As for :func:`fitted_state_dict`.
-        classifier: Whether the classifier is needed, for files that may end before it.
+        allow_partial: Accept a file that holds the network's beginning only.
+        classifier: Whether the classifier is needed: where it is not, a file may end before it.
 
     Returns:
-        The state dict, or None if timm reads files of this kind itself.
+        The state dict under the network's own names.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or not for this network.
     """
     path = Path(path)
     reader = _find_reader(path)
-    if path.suffix in _TIMMS:
-        return None
     if reader is None:
         raise _unknown(path)
-    if not hasattr(reader, 'describe'):
-        return reader.read(path, model, allow_partial, classifier)
-    with _describe(reader, path) as checkpoint:
-        _logger.info('%s: %s.', path, checkpoint.summary())
-        return fitted_state_dict(checkpoint, model, convert)
+    return reader.read(path, model, allow_partial, classifier)
+
+
+def read_foreign(
+        path: Union[str, Path],
+        model: nn.Module,
+        allow_partial: bool = False,
+) -> Dict[str, torch.Tensor]:
+    """Read the tensors of a file of any kind.
+
+    Args:
+        path: The file.
+        model: As for :func:`read_numbers`, for files that do not name their tensors.
+        allow_partial: As for :func:`read_numbers`.
+
+    Returns:
+        The state dict, under the names of the file's framework or the network's own.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or not for this network.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint is None:
+        return read_numbers(path, model, allow_partial)
+    with checkpoint:
+        return checkpoint.state_dict()

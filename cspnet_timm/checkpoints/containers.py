@@ -4,11 +4,12 @@ A :class:`Container` is opened by reading the pickle alone. Where every storage 
 anything is allocated for it, and :meth:`Container.load` reads those tensors that are asked for, straight into place.
 """
 import os
+import re
 import struct
 import zlib
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 import torch
 
@@ -29,6 +30,7 @@ class _Member(NamedTuple):
     start: int
     size: int
     crc: int
+    packed: bool
 
 
 class _Extent(NamedTuple):
@@ -67,7 +69,8 @@ class Container:
             self.size = os.fstat(self._file.fileno()).st_size
             self._budget = Budget(self.size)
             self._extents: Dict[str, _Extent] = {}
-            self._checked: List[str] = []
+            self._checked: Set[str] = set()
+            self._has_sums = False
             self.modules: List[str] = []
             head = self._file.read(len(_ZIP_MAGIC))
             self.root: Any = None
@@ -142,11 +145,27 @@ class Container:
     def _open_zip(self) -> None:
         members = _read_directory(self._file, self.size, self._budget)
         pickles = [name for name in members if name.count('/') == 1 and name.endswith('/data.pkl')]
+        folders = {name.partition('/')[0] for name in members}
+        for folder in folders:
+            if f'{folder}/constants.pkl' in members or any(name.startswith(f'{folder}/code/') for name in members):
+                raise CheckpointError(
+                    'it is a TorchScript program, which holds code beside its weights; refused. Save the state dict '
+                    'of the model that it was made from.'
+                )
+            if f'{folder}/archive_format' in members or f'{folder}/models/model.json' in members:
+                raise CheckpointError('it is a program of torch.export (.pt2), which holds a graph; refused.')
         if len(pickles) != 1:
-            raise CheckpointError('it is a zip archive, but none that torch.save writes: it has no data.pkl.')
+            held = [name for name in members if re.search(r'\.(pt|pth|safetensors|pdparams|weights|ckpt|tar)$', name)]
+            packed = f' It holds {held[0]!r}: unpack it and pass that.' if held else ''
+            raise CheckpointError(
+                f'it is a zip archive, but none that torch.save writes: it has no data.pkl.{packed}')
         prefix = pickles[0][:-len('data.pkl')]
-        if f'{prefix}constants.pkl' in members or any(name.startswith(f'{prefix}code/') for name in members):
-            raise CheckpointError('it is a TorchScript program, which holds code beside its weights; refused.')
+        for name, member in members.items():
+            if member.packed:
+                raise CheckpointError(
+                    f'its part {name!r} is compressed or encrypted, which torch never does; unpack and store it.')
+        # torch.utils.serialization.config.save.compute_crc32 = False leaves every checksum zero.
+        self._has_sums = any(member.crc for member in members.values())
         order = members.get(f'{prefix}byteorder')
         if order is not None and Stream(self._file, order.start, order.start + order.size).read(
                 min(order.size, 8)) != b'little':
@@ -162,22 +181,22 @@ class Container:
                 if size != member.size:
                     raise CheckpointError(
                         f'its storage {storage.key!r} has {member.size} bytes, but its pickle claims {size}.')
-                self._extents[storage.key] = _Extent(*member)
+                self._extents[storage.key] = _Extent(*member[:3])
             return storage
 
         member = members[pickles[0]]
-        self._check_sum('data.pkl', _Extent(*member))
+        self._check_sum('data.pkl', _Extent(*member[:3]))
         self.root = self._unpickle(Stream(self._file, member.start, member.start + member.size), persistent)
 
     def _check_sum(self, name: str, extent: _Extent) -> None:
-        if extent.crc is None or name in self._checked:
+        if extent.crc is None or not self._has_sums or name in self._checked:
             return
         stream, crc = Stream(self._file, extent.start, extent.start + extent.size), 0
         while stream.position < stream.stop:
             crc = zlib.crc32(stream.read(min(_CHUNK, stream.stop - stream.position)), crc)
         if crc != extent.crc:
             raise CheckpointError(f'its part {name!r} is damaged: the checksum is another.')
-        self._checked.append(name)
+        self._checked.add(name)
 
     # Tensors
 
@@ -341,7 +360,7 @@ def _storage_of(pid: Any) -> Any:
 
 
 def _read_directory(file: BinaryIO, size: int, budget: Budget) -> Dict[str, _Member]:
-    """The members of a zip archive and where their bytes lie; only uncompressed ones that overlap with nothing.
+    """The members of a zip archive and where their bytes lie; only ones that overlap with nothing.
 
     zipfile would make an object of half a kilobyte of every entry, however many a damaged archive claims.
     """
@@ -365,7 +384,7 @@ def _read_directory(file: BinaryIO, size: int, budget: Budget) -> Dict[str, _Mem
         raise CheckpointError('the directory of its zip archive is damaged.')
 
     stream = Stream(file, offset, offset + length)
-    entries: Dict[str, Tuple[int, int, int]] = {}
+    entries: Dict[str, Tuple[int, int, int, bool]] = {}
     for _ in range(count):
         budget.charge(_RECORD_COST)
         (signature, flags, method, crc, packed, unpacked, name_len, extra_len, comment_len, start) = struct.unpack(
@@ -375,16 +394,14 @@ def _read_directory(file: BinaryIO, size: int, budget: Budget) -> Dict[str, _Mem
         stream.skip(comment_len)
         if signature != b'PK\x01\x02' or name in entries:
             raise CheckpointError('the directory of its zip archive is damaged.')
-        if method or flags & 1:
-            raise CheckpointError(
-                f'its part {name!r} is compressed or encrypted, which torch never does; unpack and store it.')
+        is_packed = bool(method or flags & 1)
         packed, unpacked, start = _zip64(extra, packed, unpacked, start)
-        if packed != unpacked:
+        if packed != unpacked and not is_packed:
             raise CheckpointError(f'its part {name!r} has {packed} bytes in the archive but claims {unpacked}.')
-        entries[name] = (start, packed, crc)
+        entries[name] = (start, packed, crc, is_packed)
 
     members, previous = {}, 0
-    for name, (start, packed, crc) in sorted(entries.items(), key=lambda item: item[1][0]):
+    for name, (start, packed, crc, is_packed) in sorted(entries.items(), key=lambda item: item[1][0]):
         if start < previous or start + 30 > offset:
             raise CheckpointError(f'its part {name!r} overlaps with another.')
         header = Stream(file, start, offset)
@@ -392,7 +409,7 @@ def _read_directory(file: BinaryIO, size: int, budget: Budget) -> Dict[str, _Mem
         if signature != _ZIP_MAGIC or header.read(name_len).decode('utf-8', 'replace') != name:
             raise CheckpointError(f'its part {name!r} is not where the directory of its zip archive says.')
         header.skip(extra_len)
-        members[name] = _Member(header.position, packed, crc)
+        members[name] = _Member(header.position, packed, crc, is_packed)
         header.skip(packed)
         previous = header.position
     return members

@@ -23,7 +23,7 @@ import torch.nn as nn
 
 from . import CheckpointError
 
-__all__ = ['NETWORKS', 'class_order', 'read', 'recognises']
+__all__ = ['NETWORKS', 'check', 'class_order', 'read', 'recognises']
 
 _logger = logging.getLogger(__name__)
 
@@ -242,3 +242,17 @@ def read(
         CheckpointError: If the file is none of Darknet's, damaged, or not for this network.
     """
     return _read(path, model, allow_partial, classifier)
+
+
+def check(path: Path) -> None:
+    """See whether a file begins as Darknet's do.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If it is no Darknet file.
+        OSError: If it cannot be read.
+    """
+    with path.open('rb') as file:
+        _read_header(path, file, path.stat().st_size)

@@ -3,18 +3,25 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Callable, Dict, List, Mapping, Optional, Tuple, Type
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type
 
 import torch
 
 from ._errors import CheckpointError
 
-__all__ = ['Checkpoint', 'TensorInfo', 'count_classes']
+__all__ = ['Checkpoint', 'TensorInfo', 'count_classes', 'labels_of', 'sorted_labels']
 
 # Where the networks of the lineage have as many rows as classes, the most particular first.
 _CLASS_KEYS = (
     'head.cls_preds.0.bias', 'bbox_head.rtm_cls.0.bias', 'bbox_head.multi_level_conv_cls.0.bias',
     'yolo_head.pred_cls.0.bias', 'head.fc.bias', 'head.fc.weight', 'linear.bias', 'fc.bias',
+)
+
+
+# Where training scripts keep the names of their classes, as a list, by index, or the index by name.
+_LABEL_KEYS = (
+    'names', 'class_names', 'classes', 'label_names', 'labels', 'idx_to_class', 'idx_to_label', 'id2label', 'idx2label',
+    'class_to_idx', 'label2id', 'categories',
 )
 
 
@@ -172,3 +179,50 @@ def count_classes(tensors: Mapping[str, TensorInfo]) -> Optional[int]:
             if info.shape and (name == ending or name.endswith(f'.{ending}')):
                 return info.shape[0]
     return None
+
+
+def labels_of(place: Mapping[Any, Any], num_classes: Optional[int] = None) -> Tuple[str, ...]:
+    """Find the names of the classes among a file's values.
+
+    Args:
+        place: Values by name, e.g. ``{'class_to_idx': {'cat': 0, 'dog': 1}}``.
+        num_classes: Number of classes, if it is known.
+
+    Returns:
+        A name for each class in their order; a class without a name has its index for one. Empty if there are none.
+    """
+    lower = {key.lower(): value for key, value in place.items() if type(key) is str}
+    for key in _LABEL_KEYS:
+        if key in lower and (labels := sorted_labels(lower[key], num_classes)):
+            return labels
+    return ()
+
+
+def sorted_labels(names: Any, num_classes: Optional[int] = None) -> Tuple[str, ...]:
+    """Put the names of classes into their order.
+
+    Args:
+        names: A list; names by index, which may be a string and leave indices out; or the index by name, as
+            torchvision's ``class_to_idx``.
+        num_classes: Number of classes, if it is known.
+
+    Returns:
+        A name for each class; one that has none has its index for a name. Empty if these are no names of classes.
+    """
+    if isinstance(names, (list, tuple)):
+        return tuple(names) if all(type(name) is str for name in names) else ()
+    if not isinstance(names, Mapping) or not names:
+        return ()
+    if all(type(key) is str and type(value) is int for key, value in names.items()):
+        names = {index: name for name, index in names.items()}
+    by_index: Dict[int, str] = {}
+    for index, name in names.items():
+        if type(index) is str and index.isdecimal() and len(index) < 10:
+            index = int(index)
+        if type(index) is not int or type(name) is not str or index < 0 or index in by_index:
+            return ()
+        by_index[index] = name
+    size = max(max(by_index) + 1, num_classes or 0)
+    if size > (num_classes or 2 * len(by_index) + 16):
+        return ()  # of something else than the classes
+    return tuple(by_index.get(i, str(i)) for i in range(size))

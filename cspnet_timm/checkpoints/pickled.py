@@ -7,25 +7,22 @@ the epsilon of each batch norm and the kind of each activation.
 """
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from timm.models import clean_state_dict
+import torch
 
 from ._errors import CheckpointError
+from .choosing import Choice, choose, clean_names, split_average
 from .containers import Container, is_container
-from .description import Checkpoint, TensorInfo, count_classes
-from .unpickle import Array, Record
+from .description import Checkpoint, TensorInfo, count_classes, labels_of
+from .unpickle import Array, Budget, Record
 
 __all__ = ['describe', 'recognises']
 
-# In timm's order of preference, then the names that other training scripts have. mmengine's 'ema_state_dict' is none of
-# them: what it holds are the weights before averaging, which have been swapped with those of 'state_dict'.
-_PARTS = ('state_dict_ema', 'model_ema', 'ema', 'params_ema', 'state_dict', 'model', 'model_state_dict', 'params',
-          'module')
-_AVERAGES = ('state_dict_ema', 'model_ema', 'ema', 'params_ema')
-_MODULE_PARTS = ('ema', 'model_ema', 'model', 'module', 'net', 'state_dict')
 _MAX_DEPTH = 32
+_NAME_COST = 120  # of a name in memory, beside its letters
 _AGPL = 'agpl-3.0'
+_PACKAGE = __name__.partition('.')[0]
 _SCALES = {  # depth and width multiples, of the networks whose files do not name their size otherwise
     (0.33, 0.25): 'n', (0.33, 0.5): 's', (0.67, 0.75): 'm', (1.0, 1.0): 'l', (1.33, 1.25): 'x',
 }
@@ -35,6 +32,7 @@ class _Found(NamedTuple):
     """A state dict within a file."""
 
     part: str
+    average: Optional[bool]
     arrays: Dict[str, Array]
     bn_eps: Dict[str, float]
     modules: Dict[str, str]
@@ -70,14 +68,17 @@ def describe(path: Path) -> Checkpoint:
     container = Container(path)
     try:
         root = container.root
-        found = _find_modules(root) or _find_state_dict(root, '', set())
+        found = _find(root, Budget(container.size))
         if found is None:
             raise CheckpointError(f'it is a {container.kind} that holds no weights.')
         framework, license = _framework(root, found, container.modules)
-        arrays = clean_state_dict(found.arrays)
         network, scale = _network(found.record)
+        cleaned = clean_names(found.arrays)
+        names, average = split_average(cleaned, found.average)
+        arrays = {name: _decoded(cleaned[name]) for name in names}
         tensors = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
-        labels = _labels(root, found.record)
+        classes = _count(found.record) or count_classes(tensors)
+        labels = _labels(root, found.record, classes)
         checkpoint = Checkpoint(
             path=path,
             container='pickled module' if found.record is not None else container.kind,
@@ -86,12 +87,12 @@ def describe(path: Path) -> Checkpoint:
             part=found.part,
             network=network,
             scale=scale,
-            ema=_is_average(root, found),
-            num_classes=len(labels) or _count(found.record) or count_classes(tensors),
+            ema=average,
+            num_classes=len(labels) or classes,
             labels=labels,
             license=license,
-            bn_eps=clean_state_dict(found.bn_eps),
-            modules=clean_state_dict(found.modules),
+            bn_eps=clean_names(found.bn_eps),
+            modules=clean_names(found.modules),
             others=_others(root, found.part),
             read=lambda: container.load(arrays),
             close=container.close,
@@ -103,7 +104,7 @@ def describe(path: Path) -> Checkpoint:
     return checkpoint
 
 
-# Pickled modules
+# Pickled modules and state dicts
 
 
 def _is_module(value: Any) -> bool:
@@ -111,30 +112,39 @@ def _is_module(value: Any) -> bool:
         isinstance(value.state.get(name), dict) for name in ('_modules', '_parameters', '_buffers'))
 
 
-def _find_modules(root: Any) -> Optional[_Found]:
-    if _is_module(root):
-        return _walk('', root)
-    if isinstance(root, dict):
-        for part in _MODULE_PARTS:
-            value = root.get(part)
-            for _ in range(2):  # an average is an object with the module as an attribute
-                if isinstance(value, Record) and not _is_module(value):
-                    value = next((value.state[k] for k in ('ema', 'module') if k in value.state), None)
-            if isinstance(value, Record) and _is_module(value):
-                return _walk(part, value)
-    return None
+def _children(value: Any) -> Mapping[Any, Any]:
+    if isinstance(value, Record):
+        # An average may be an object with the module as an attribute.
+        return {} if _is_module(value) else value.entries if value.entries is not None else value.state
+    return value if isinstance(value, dict) else {}
 
 
-def _walk(part: str, root: Record) -> _Found:
-    found = _Found(part, {}, {}, {}, root)
+def _size(value: Any) -> int:
+    """How many weights a module or a dict holds by name; numbers that stand alone are bookkeeping."""
+    if _is_module(value):
+        return 1 + len(value.state['_modules'])
+    return sum(1 for array in _arrays(value).values() if array.shape)
+
+
+def _find(root: Any, budget: Budget) -> Optional[_Found]:
+    choice = choose(root, _children, _size)
+    if choice is None:
+        return None
+    if _is_module(choice.value):
+        return _walk(choice, budget)
+    return _Found(choice.part, choice.average, _arrays(choice.value), {}, {}, None)
+
+
+def _walk(choice: Choice, budget: Budget) -> _Found:
+    found = _Found(choice.part, choice.average, {}, {}, {}, choice.value)
     # Shared modules are walked at each of their names, as state_dict() does; a pickle in which they nest would take
-    # exponentially long.
-    pending, visits = [('', root, 0)], 0
+    # exponentially long, so that every name is paid for.
+    pending = [('', choice.value, 0)]
     while pending:
         prefix, record, depth = pending.pop()
-        visits += 1
-        if depth > _MAX_DEPTH or visits > 1 << 16:
+        if depth > _MAX_DEPTH:
             raise CheckpointError('its modules are nested or repeated without end.')
+        _pay(budget, prefix)
         state = record.state
         found.modules[prefix[:-1]] = record.name
         skipped = state.get('_non_persistent_buffers_set')
@@ -142,21 +152,30 @@ def _walk(part: str, root: Record) -> _Found:
         for kind in ('_parameters', '_buffers'):
             for name, value in state[kind].items():
                 if isinstance(value, Array) and type(name) is str and not (kind == '_buffers' and name in skipped):
+                    _pay(budget, prefix, name)
                     found.arrays[prefix + name] = value
         if 'running_var' in state['_buffers'] and type(state.get('eps')) is float:
             found.bn_eps[prefix[:-1]] = state['eps']
-        children = [
-            (f'{prefix}{name}.', child, depth + 1) for name, child in state['_modules'].items()
-            if type(name) is str and len(name) <= 256 and child is not None
-        ]
-        for name, child, _ in children:
-            if not _is_module(child):
-                raise CheckpointError(f'its module {name[:-1]!r} is a {type(child).__name__.lower()} and no module.')
+        children = []
+        for name, child in state['_modules'].items():
+            if type(name) is str and len(name) <= 256 and child is not None:
+                if not _is_module(child):
+                    raise CheckpointError(
+                        f'its module {prefix}{name} is a {type(child).__name__.lower()} and no module.')
+                _pay(budget, prefix, name)
+                children.append((f'{prefix}{name}.', child, depth + 1))
         pending.extend(reversed(children))
     return found
 
 
-# State dicts
+def _pay(budget: Budget, *names: str) -> None:
+    try:
+        budget.charge(_NAME_COST + sum(map(len, names)))
+    except CheckpointError as error:
+        raise CheckpointError(
+            'its modules are nested or repeated without end: their names would take more than twice the memory that '
+            'the file has bytes.'
+        ) from error
 
 
 def _array_of(value: Any) -> Optional[Array]:
@@ -178,19 +197,11 @@ def _arrays(value: Any) -> Dict[str, Array]:
     return {name: array for name, array in pairs if array is not None and array.source is not None}
 
 
-def _find_state_dict(root: Any, part: str, seen: Set[int]) -> Optional[_Found]:
-    if not isinstance(root, dict) or id(root) in seen:
-        return None
-    seen.add(id(root))
-    for name in _PARTS:
-        if isinstance(root.get(name), (dict, Record)):
-            inner = _find_state_dict(root[name], f'{part}.{name}' if part else name, seen)
-            if inner is None and (arrays := _arrays(root[name])):
-                inner = _Found(name, arrays, {}, {}, None)
-            if inner is not None:
-                return inner
-    arrays = _arrays(root)
-    return _Found(part, arrays, {}, {}, None) if arrays else None
+def _decoded(array: Array) -> Array:
+    """numpy has no bfloat16: Paddle pickles its bits as 16-bit integers, which no weights are by themselves."""
+    if array.dtype == torch.uint16:
+        return Array(array.source, torch.bfloat16, array.offset, array.shape, array.stride)
+    return array
 
 
 # What the rest of the file tells
@@ -210,6 +221,8 @@ def _framework(root: Any, found: _Found, modules: List[str]) -> Tuple[str, str]:
         return 'Ultralytics', _AGPL
     if found.record is not None and 'models' in packages:
         return 'YOLOv5', _AGPL
+    if found.record is not None and found.record.module.partition('.')[0] in ('timm', _PACKAGE):
+        return found.record.module.partition('.')[0], ''
     meta = _plain(top.get('meta'))
     told = [key for key in meta if type(key) is str]
     if 'message_hub' in top or any(package.startswith('mm') for package in packages) or any(
@@ -231,6 +244,9 @@ def _framework(root: Any, found: _Found, modules: List[str]) -> Tuple[str, str]:
 
 def _network(record: Optional[Record]) -> Tuple[str, str]:
     """Name and size of the network as a pickled module has them."""
+    own = _text(_plain(record.state.get('pretrained_cfg')).get('architecture')) if record is not None else ''
+    if own:
+        return own, ''
     cfg = _plain(record.state.get('yaml')) if record is not None else {}
     network = _text(cfg.get('yaml_file')) or (_text(record.state.get('yaml_file')) if record is not None else '')
     scale = _text(cfg.get('scale'))
@@ -253,30 +269,20 @@ def _text(value: Any) -> str:
     return value if type(value) is str and len(value) <= 256 and value.isprintable() else ''
 
 
-def _labels(root: Any, record: Optional[Record]) -> Tuple[str, ...]:
-    """Names of the classes, as Ultralytics keeps them in the module and OpenMMLab beside the weights."""
-    names: Any = record.state.get('names') if record is not None else None
-    meta = _plain(_plain(root).get('meta'))
-    if not names:
-        data = {str(k).lower(): v for k, v in _plain(meta.get('dataset_meta')).items() if type(k) is str}
-        names = data.get('classes') or meta.get('CLASSES')
-    if isinstance(names, dict):
-        if set(names) != set(range(len(names))):
-            return ()
-        names = [names[i] for i in range(len(names))]
-    if not isinstance(names, (list, tuple)) or not all(type(name) is str for name in names):
-        return ()
-    return tuple(names)
-
-
-def _is_average(root: Any, found: _Found) -> Optional[bool]:
-    names = found.part.split('.')
-    if any(name in _AVERAGES for name in names):
-        return True
+def _labels(root: Any, record: Optional[Record], classes: Optional[int]) -> Tuple[str, ...]:
+    """Names of the classes, in the module, beside the weights, or in what describes them."""
+    places = [record.state] if record is not None else []
     top = _plain(root)
-    if found.record is not None:
-        return False if 'ema' in top or 'updates' in top else None
-    return True if _plain(top.get('ema_state_dict')) else None
+    for key in ('', 'meta', 'dataset_meta', 'hyper_parameters', 'args', 'config', 'cfg', 'pretrained_cfg'):
+        for owner in (*places[:1], top):
+            place = _plain(owner.get(key)) if key else owner
+            places.append(place)
+            if key == 'meta':
+                places.append(_plain(place.get('dataset_meta')))
+    for place in places:
+        if labels := labels_of({k: _plain(v) or v for k, v in place.items() if type(k) is str}, classes):
+            return labels
+    return ()
 
 
 def _others(root: Any, part: str) -> Tuple[str, ...]:

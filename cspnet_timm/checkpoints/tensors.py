@@ -6,10 +6,10 @@ from typing import Any, Dict
 
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import clean_state_dict
 
 from ._errors import CheckpointError
-from .description import Checkpoint, TensorInfo, count_classes
+from .choosing import clean_names, split_average
+from .description import Checkpoint, TensorInfo, count_classes, labels_of
 
 __all__ = ['describe', 'recognises']
 
@@ -56,19 +56,32 @@ def describe(path: Path) -> Checkpoint:
             raise CheckpointError(f'its tensor {name!r} is of the type {part.get_dtype()}, which holds no weights.')
         tensors[name] = TensorInfo(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
 
-    def read() -> Dict[str, torch.Tensor]:
-        out = {name: file.get_tensor(name) for name in tensors}
-        half = (torch.float16, torch.bfloat16)
-        return clean_state_dict({k: v.float() if v.dtype in half else v for k, v in out.items()})
+    cleaned = {clean: name for name, clean in zip(tensors, clean_names(tensors))}
+    names, average = split_average(cleaned, None)
 
-    cleaned = clean_state_dict(tensors)
+    def read() -> Dict[str, torch.Tensor]:
+        out = {name: file.get_tensor(cleaned[name]) for name in names}
+        half = (torch.float16, torch.bfloat16)
+        return {k: v.float() if v.dtype in half else v for k, v in out.items()}
+
+    taken = {name: tensors[cleaned[name]] for name in names}
     metadata = file.metadata() or {}
+    classes = count_classes(taken)
     return Checkpoint(
         path=path,
         container='safetensors file',
-        tensors=cleaned,
-        num_classes=count_classes(cleaned),
+        tensors=taken,
+        ema=average,
+        num_classes=classes,
+        labels=labels_of({key: _json(value) for key, value in metadata.items()}, classes),
         others=('metadata ' + json.dumps(metadata),) if metadata else (),
         read=read,
         close=lambda: file.__exit__(None, None, None),
     )
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError):
+        return text

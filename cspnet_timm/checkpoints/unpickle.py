@@ -31,7 +31,7 @@ RECORD_PACKAGES = (
     'ultralytics', 'models', 'utils', 'yolox', 'mmengine', 'mmcv', 'mmdet', 'mmpose', 'mmpretrain', 'mmcls', 'mmseg',
     'mmyolo', 'mmrotate', 'ppdet', 'paddle', 'torch.nn', 'torch.optim', 'torch.amp', 'torch.cuda.amp',
     'torchvision.transforms', 'torchvision.ops', 'timm', 'omegaconf', 'addict', 'yacs', 'easydict', 'pytorch_lightning',
-    'lightning', 'lightning_fabric', 'super_gradients',
+    'lightning', 'lightning_fabric', 'super_gradients', 'cspnet_timm',
 )
 RECORD_CLASSES = frozenset(
     [('pathlib', f'{pure}{kind}Path') for pure in ('', 'Pure') for kind in ('Posix', 'Windows', '')]

@@ -13,7 +13,6 @@ from timm.models import (
     build_model_with_cfg,
     get_pretrained_cfg,
     is_model,
-    load_state_dict,
     model_entrypoint,
     resolve_pretrained_cfg,
 )
@@ -21,8 +20,9 @@ from timm.models import register_model as timm_register_model
 
 from .. import sources
 from ..backbone import BackboneCfg, CspBackbone, StateDict
-from ..checkpoints import CheckpointError, open_checkpoint, read_foreign
-from ..naming import candidates
+from ..checkpoints import CheckpointError, open_checkpoint
+from ..fitting import Contents
+from ..loading import fit_to, fitted, install, opened
 from ..sources import Source
 from ._weights import IN1K, WEIGHTS, License, WeightsInfo, by_hand, default_cfg, describe_weights, hub, web
 
@@ -30,6 +30,9 @@ __all__ = [
     'IN1K', 'WEIGHTS', 'License', 'WeightsInfo', 'build_backbone', 'by_hand', 'default_cfg', 'describe_weights', 'hub',
     'register_model', 'web',
 ]
+
+
+install()
 
 
 def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -99,44 +102,21 @@ def _checked_download(variant: str, kwargs: Dict[str, Any]) -> Iterator[None]:
                 )
 
 
-def _read_foreign_file(variant: str, cfg: BackboneCfg, kwargs: Dict[str, Any]) -> None:
-    """Hand timm the state dict of a file that it cannot read itself, in place of the file or its URL.
+def _take_source(variant: str, kwargs: Dict[str, Any]) -> Tuple[Union[Contents, Path, None], bool]:
+    """Take the file or state dict that weights come from out of what timm gets, which asks :func:`_filter` for them.
 
-    timm clears ``custom_load`` when an overlay names a file, so that a model's own loader is never asked.
+    timm would read files by itself, and copy every tensor of a state dict. Also returns whether it was fetched.
     """
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     weights = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    file = weights.file
-    if weights.source or weights.state_dict:
-        return
-    fetched = None if file else _fetch(variant, weights, kwargs.get('cache_dir'))
-    if not file and not fetched:
-        return
-    file = file or str(fetched)
-    # A file that says which activations and batch norms it was trained with is held against those asked for.
-    layers = {k: kwargs[k] for k in ('act_layer', 'norm_layer', 'bn_eps') if kwargs.get(k) is not None}
-    num_classes = overlay.get('num_classes', 1000)
-    if num_classes < 1:  # timm's train.py has -1, for a new classifier whatever the file has
-        num_classes = 1000
-    model = CspBackbone(cfg, num_classes=num_classes, device='meta', **layers)
-    strict = kwargs.get('pretrained_strict', True)
-    # A classifier of another number of classes than the weights have is a new one.
-    asked = kwargs.get('num_classes', weights.num_classes)
-    headless = kwargs.get('features_only') or asked == 0 or asked != weights.num_classes
-    try:
-        state_dict = read_foreign(
-            file, model, allow_partial=not strict, convert=cfg.convert, classifier=not headless)
-        if state_dict is None and fetched:
-            state_dict = load_state_dict(file)
-        if strict and state_dict is not None:
-            _check_fit(variant, cfg, str(file), model, state_dict)
-    except CheckpointError as error:
-        if fetched:
-            raise CheckpointError(f'{error} If this is not the released file, remove it.') from error
-        raise
-    if state_dict is not None:
-        overlay.update(file=None, state_dict=state_dict)
-        kwargs['pretrained_cfg_overlay'] = overlay
+    if weights.source:
+        return None, False
+    source: Union[Contents, Path, None] = weights.state_dict or (Path(weights.file) if weights.file else None)
+    fetched = None if source else _fetch(variant, weights, kwargs.get('cache_dir'))
+    if not source and not fetched:
+        return None, False
+    kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': None, 'state_dict': {'': None}}
+    return source or fetched, bool(fetched)
 
 
 def _fetch(variant: str, weights: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> Optional[Path]:
@@ -162,32 +142,28 @@ def _check_container(path: Path) -> None:
         checkpoint.close()
 
 
-def _check_fit(variant: str, cfg: BackboneCfg, file: str, model: CspBackbone, state_dict: StateDict) -> None:
-    """Say which network a file holds, before timm lists every key that it lacks of the one asked for."""
-    given = {k: v.to('meta') for k, v in state_dict.items()}
-    converted = cfg.convert(dict(given), model) if cfg.convert is not None else given
-    own = model.state_dict()
-    first = next((k for k, v in own.items() if v.ndim == 4), '')  # its input channels are timm's to adapt
-    wrong = [
-        key for key, value in {**converted, **own}.items() if not key.startswith('head.') and (
-            key not in own or (key not in converted and not key.endswith('num_batches_tracked')) or (
-                key in converted and converted[key].shape != value.shape and key != first))
-    ]
-    if wrong:
-        found = ' or '.join(candidates(given)) or 'another network'
-        raise CheckpointError(
-            f'{file}: holds {found}, not {variant}: {len(wrong)} tensors are missing, too many or of another '
-            f'shape, among them {wrong[0]!r}.'
-        )
+def _filter(
+        source: Union[Contents, Path, None],
+        kwargs: Dict[str, Any],
+        state_dict: StateDict,
+        model: CspBackbone,
+) -> StateDict:
+    """What the model takes from the source of its weights, or from what timm has read.
 
-
-def _filter(cfg: BackboneCfg, state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Convert, and leave the classifier out if the model has none: timm does so only if the config tells of one."""
-    if cfg.convert is not None:
-        state_dict = cfg.convert(state_dict, model)
-    if any(name.startswith('head.fc.') for name, _ in model.named_parameters()):
-        return state_dict
-    return {k: v for k, v in state_dict.items() if not k.startswith('head.fc.')}
+    timm drops the classifier where the config tells of another number of classes than the model has; here the source
+    itself is asked.
+    """
+    cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    told, asked = cfg.get('num_classes', 0), model.num_classes
+    is_new = told < 0 or ('num_classes' in kwargs and asked != told)  # timm's train.py has -1
+    needed = bool(asked) and not kwargs.get('features_only') and not is_new
+    found = fit_to(
+        state_dict if source is None else source, model, kwargs.get('pretrained_strict', True), needed, max(told, 0),
+        (cfg.get('input_size') or (3,))[0])
+    keeps = bool(asked) and told >= 0 and found.has_classifier
+    if keeps:
+        cfg['num_classes'] = asked
+    return fitted(found, model, keeps)
 
 
 def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: Any) -> CspBackbone:
@@ -212,18 +188,23 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     if kwargs.get('features_only') and kwargs.get('out_indices') is not None:
         kwargs['out_indices'] = _check_out_indices(variant, kwargs['out_indices'], num_levels)
     named = pretrained and _names_its_weights(kwargs.get('pretrained_cfg_overlay') or {})
-    if pretrained:
-        _read_foreign_file(variant, cfg, kwargs)
-    with _checked_download(variant, kwargs) if pretrained else contextlib.nullcontext():
-        model: Any = build_model_with_cfg(
-            CspBackbone,
-            variant,
-            pretrained,
-            model_cfg=cfg,
-            feature_cfg=dict(out_indices=tuple(range(num_levels))),
-            pretrained_filter_fn=functools.partial(_filter, cfg),
-            **kwargs,
-        )
+    source, is_fetched = _take_source(variant, kwargs) if pretrained else (None, False)
+    download = _checked_download(variant, kwargs) if pretrained else contextlib.nullcontext()
+    try:
+        with download, opened(source) as contents:
+            model: Any = build_model_with_cfg(
+                CspBackbone,
+                variant,
+                pretrained,
+                model_cfg=cfg,
+                feature_cfg=dict(out_indices=tuple(range(num_levels))),
+                pretrained_filter_fn=functools.partial(_filter, contents, dict(kwargs)),
+                **kwargs,
+            )
+    except CheckpointError as error:
+        if is_fetched:
+            raise CheckpointError(f'{error} If this is not the released file, remove it.') from error
+        raise
     # What was read is loaded: in the config it would be kept in memory, and could not be written as JSON.
     model.pretrained_cfg.pop('state_dict', None)
     model.pretrained = named

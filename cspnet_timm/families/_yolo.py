@@ -110,8 +110,8 @@ def _split(own: StateDict) -> Tuple[StateDict, int]:
     out, chs = {}, 0
     for key, value in _under(own, 'cv1.').items():
         if value.ndim:
-            chs = value.shape[0] // 2
-            out[f'bypass.{key}'], out[f'entry.{key}'] = value[:chs], value[chs:]
+            chs = max(chs, value.shape[0] // 2)
+            out[f'bypass.{key}'], out[f'entry.{key}'] = value[:value.shape[0] // 2], value[value.shape[0] // 2:]
         else:  # num_batches_tracked
             out[f'bypass.{key}'] = out[f'entry.{key}'] = value
     return out, chs

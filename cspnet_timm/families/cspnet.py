@@ -18,6 +18,7 @@ from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvNormAct
+from ..naming import Naming, register_naming
 from ._builder import IN1K, License, build_backbone, default_cfg, describe_weights, hub, register_model, web
 from ._weights import CLASSIFICATION, Source
 
@@ -75,10 +76,10 @@ def cspnet_stage(
     ))
 
 
-def _convert(state_dict: StateDict, model: nn.Module) -> StateDict:
+def _rename(own: StateDict, whole: StateDict) -> StateDict:
     """timm's ``cs3darknet`` keys to this package's; the convolution of both branches is parted in two."""
     out = {}
-    for key, value in state_dict.items():
+    for key, value in own.items():
         match = re.fullmatch(r'stages\.(\d+)\.(conv_down|conv_exp|conv_transition|blocks)\.(.+)', key)
         if match is None:
             out[key] = value
@@ -92,6 +93,10 @@ def _convert(state_dict: StateDict, model: nn.Module) -> StateDict:
             name = {'conv_down': 'down', 'conv_transition': 'csp.merge', 'blocks': 'csp.blocks'}[part]
             out[f'{layer}.{name}.{rest}'] = value
     return out
+
+
+NAMING = register_naming(Naming(
+    'cs3darknet', tuple(SIZES), r'stages\.0\.conv_exp\.conv\.weight', _rename))
 
 
 def _create(
@@ -110,7 +115,7 @@ def _create(
             Level(partial(cspnet_stage, out_chs=c, depth=d, partial_ratio=partial_ratio, fusion=fusion), c, depth=d)
             for c, d in zip(chs[1:], depths)
         ),
-        convert=_convert,
+        convert=NAMING.convert,
     )
     return build_backbone(variant, pretrained, cfg, **kwargs)
 

@@ -15,6 +15,7 @@ from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ActLayer, ConvNormAct
+from ..naming import Naming, register_naming
 from ._builder import build_backbone, default_cfg, describe_weights, register_model
 
 __all__: List[str] = []
@@ -60,12 +61,10 @@ _PARTS = {
     'conv1': 'entry', 'bottlenecks': 'blocks', 'conv2': 'transition', 'conv3': 'bypass', 'conv_out': 'merge'}
 
 
-def _convert(state_dict: StateDict, model: nn.Module) -> StateDict:
+def _rename(own: StateDict, whole: StateDict) -> StateDict:
     """The tutorial's keys to this package's: it lists downsampling and stages in one row, ``stages.{0, 1, 2, …}``."""
-    if 'fc.weight' not in state_dict or 'stages.0.conv_out.conv.weight' not in state_dict:
-        return state_dict
     out = {}
-    for key, value in state_dict.items():
+    for key, value in own.items():
         if match := re.fullmatch(r'stem\.(\d)\.(.+)', key):
             key = f'stem.conv{int(match[1]) + 1}.{match[2]}'
         elif match := re.fullmatch(r'stages\.(\d+)\.((?:conv|bn)\..+)', key):
@@ -77,6 +76,10 @@ def _convert(state_dict: StateDict, model: nn.Module) -> StateDict:
             key = f'head.{key}'
         out[key] = value
     return out
+
+
+NAMING = register_naming(Naming(
+    'tutorial', ('cspnet_tutorial',), r'stages\.0\.conv_out\.conv\.weight', _rename))
 
 
 default_cfgs = describe_weights({
@@ -124,4 +127,5 @@ def cspnet_tutorial(
         levels.append(Level(partial(build, shortcut=shortcut, expansion=expansion), chs, depth=depth))
     if activation is not None:
         kwargs.setdefault('act_layer', activation)
-    return build_backbone('cspnet_tutorial', pretrained, BackboneCfg(levels=tuple(levels), convert=_convert), **kwargs)
+    cfg = BackboneCfg(levels=tuple(levels), convert=NAMING.convert)
+    return build_backbone('cspnet_tutorial', pretrained, cfg, **kwargs)
