@@ -5,17 +5,22 @@ changing a model. It counts the networks that are new or whose tensors have chan
 that no tensor shows, of a stride for instance, takes ``--recount``.
 
 A table stands in a page between ``<!-- KIND: PATTERN … -->`` and ``<!-- end -->``. The kind is ``sizes``, ``weights``,
-``choice`` or ``inputs``; the patterns name models as ``timm.list_models`` takes them, those behind ``-`` are left out.
+``choice``, ``inputs``, ``licenses`` or ``tags``; the patterns name models as ``timm.list_models`` takes them, those
+behind ``-`` are left out. ``docs/weights.csv`` has a row for each tag, with all that is known of it.
 
     python benchmarks/tables.py            # rewrites the table of sizes and every page in docs/ that is out of date
     python benchmarks/tables.py --recount  # as well, after counting every network again
     python benchmarks/tables.py --check    # only names what is out of date, and fails if there is any
 """
 import argparse
+import csv
+import io
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
+from urllib.parse import urlsplit
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -27,8 +32,9 @@ from cspnet_timm.sizes import ModelSize, fingerprint, format_rows, model_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'cspnet_timm' / 'data' / 'models.csv'
+WEIGHTS_CSV = ROOT / 'docs' / 'weights.csv'
 TABLE: Dict[str, ModelSize] = dict(model_sizes()) if DATA.exists() else {}
-BLOCK = re.compile(r'(<!-- (sizes|weights|choice|inputs): (.*?) -->\n).*?(<!-- end -->)', re.DOTALL)
+BLOCK = re.compile(r'(<!-- (sizes|weights|choice|inputs|licenses|tags): (.*?) -->\n).*?(<!-- end -->)', re.DOTALL)
 SIZES = {size: index for index, size in enumerate(
     ('nano', 'n', 'tiny', 't', 'small', 's', 'medium', 'm', 'large', 'l', 'xlarge', 'x'))}
 
@@ -163,8 +169,62 @@ def _inputs(names: List[str]) -> str:
     return _table(('models', 'weights', 'RGB from 0 to 1', 'size', 'what of the image', 'interpolation'), cells)
 
 
+def _tagged(names: List[str]) -> List[str]:
+    """Names of weights, by family and size."""
+    from cspnet_timm.families import WEIGHTS
+
+    return sorted((w for w in WEIGHTS if w.partition('.')[0] in names),
+                  key=lambda w: (_size(w.partition('.')[0]).module, _by_size(w.partition('.')[0]), w))
+
+
+def _licenses(names: List[str]) -> str:
+    """One row for each statement of a licence."""
+    from cspnet_timm.families import WEIGHTS
+
+    counts = Counter(WEIGHTS[name].terms for name in _tagged(names))
+    rows = [(f'[{terms.label}]({terms.link})', terms.stated_by, str(count)) for terms, count in counts.items()]
+    return _table(('licence', 'stated by', 'sets of weights'), rows)
+
+
+def _tags(names: List[str]) -> str:
+    """One row for each set of weights."""
+    from cspnet_timm.families import WEIGHTS
+
+    rows = []
+    for name in _tagged(names):
+        info, (model, _, tag) = WEIGHTS[name], name.partition('.')
+        size = '×'.join(map(str, dict.fromkeys(timm.get_pretrained_cfg(name).input_size[1:])))
+        places = ', '.join(f'[{urlsplit(s.link).netloc}]({s.link})' for s in info.sources)
+        rows.append((f'`{model}`', f'`{tag}`', info.data, info.task, _figure(info.metrics), size,
+                     f'[{info.terms.label}]({info.terms.link})', info.terms.stated_by,
+                     places if info.downloads else f'{places}, by hand'))
+    return _table(('model', 'tag', 'data', 'task', 'figure', 'size', 'licence', 'who says so', 'source'), rows)
+
+
+def weights_csv() -> str:
+    """All that is known of every set of weights, as comma-separated values."""
+    from cspnet_timm.families import WEIGHTS
+
+    names = _tagged(timm.list_models('cspnet_*'))
+    metrics = list(dict.fromkeys(key for name in names for key in WEIGHTS[name].metrics if key != 'size'))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['model', 'tag', 'data', 'task', *metrics, 'measured_at', 'published_in', 'input_size', 'license',
+                     'license_name', 'license_stated_by', 'license_link', 'publisher', 'file', 'sha256', 'downloaded',
+                     'sources'])
+    for name in names:
+        info, (model, _, tag) = WEIGHTS[name], name.partition('.')
+        size = 'x'.join(map(str, timm.get_pretrained_cfg(name).input_size[1:]))
+        writer.writerow([
+            model, tag, info.data, info.task, *(info.metrics.get(key, '') for key in metrics),
+            info.metrics.get('size', ''), info.metrics_source, size, info.license, info.terms.name,
+            info.terms.stated_by, info.terms.link, info.source, info.sources[-1].filename, info.sources[-1].sha256,
+            'yes' if info.downloads else 'no', ' '.join(source.link for source in info.sources)])
+    return text.getvalue()
+
+
 _MAKERS: Dict[str, Callable[[List[str]], str]] = {
-    'sizes': _sizes, 'weights': _weights, 'choice': _choice, 'inputs': _inputs}
+    'sizes': _sizes, 'weights': _weights, 'choice': _choice, 'inputs': _inputs, 'licenses': _licenses, 'tags': _tags}
 
 
 def render(text: str) -> str:
@@ -191,7 +251,8 @@ def main() -> int:
     args = parser.parse_args()
     TABLE.update(new := update(TABLE, args.recount))
     stale = 0
-    for path, render_file in ((DATA, lambda _: format_rows(new.values())), *((p, render) for p in _pages())):
+    files = ((DATA, lambda _: format_rows(new.values())), (WEIGHTS_CSV, lambda _: weights_csv()))
+    for path, render_file in (*files, *((p, render) for p in _pages())):
         old = path.read_text(encoding='utf-8') if path.exists() else ''
         text = render_file(old)
         if text != old:

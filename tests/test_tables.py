@@ -47,6 +47,11 @@ def test_page_is_up_to_date(page):
     assert tables.render(text) == text, 'run: python benchmarks/tables.py'
 
 
+def test_every_tag_is_in_the_csv():
+    text = (DOCS / 'weights.csv').read_text(encoding='utf-8')
+    assert text == tables.weights_csv(), 'run: python benchmarks/tables.py'
+
+
 def test_every_detector_is_on_a_page():
     shown = '\n'.join(page.read_text(encoding='utf-8') for page in PAGES if page.name != 'choosing.md')
     for pattern in ('cspnet_rtmdet_*', 'cspnet_yolox_*', 'cspnet_ppyoloe_*', 'cspnet_yolo*'):
