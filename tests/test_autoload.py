@@ -1,5 +1,6 @@
 """Registration without an import, on the wheel that users install."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,34 @@ ROOT = Path(__file__).resolve().parent.parent
 PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
 IGNORED = shutil.ignore_patterns('.*', 'build', 'dist', '*.egg-info', '__pycache__')
 
-pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='session')
+def source(tmp_path_factory):
+    """A folder with this checkout in it, and what an installer notes of it for torch to find its entry points."""
+    folder = tmp_path_factory.mktemp('source')
+    (folder / 'cspnet_timm').symlink_to(ROOT / 'cspnet_timm')
+    entry_point = re.compile(r'^\[project\.entry-points\."(.+)"\]\n(\w+) = "(.+)"$', re.MULTILINE)
+    group, name, value = entry_point.search((ROOT / 'pyproject.toml').read_text()).groups()
+    notes = folder / 'cspnet_timm-0.dist-info'
+    notes.mkdir()
+    (notes / 'METADATA').write_text('Metadata-Version: 2.1\nName: cspnet-timm\nVersion: 0\n')
+    (notes / 'entry_points.txt').write_text(f'[{group}]\n{name} = {value}\n')
+    return folder
+
+
+def test_timm_has_the_models_without_an_import(source):
+    """The one fast test of this file; the others are about the wheel."""
+    run(source, f'''
+        import sys, torch
+        assert 'timm' not in sys.modules
+        assert not [name for name in sys.modules if name.startswith('cspnet_timm') and name != 'cspnet_timm.autoload'
+                    and name != 'cspnet_timm']
+        import timm
+        assert timm.is_model('cspnet_nano')
+        assert sys.modules['cspnet_timm'].__file__.startswith({str(source)!r})
+        assert not [finder for finder in sys.meta_path if 'cspnet' in type(finder).__module__]
+    ''', '-W', 'error::RuntimeWarning', '-W', 'error::UserWarning')
 
 
 @pytest.fixture(scope='session')
@@ -43,12 +71,14 @@ def run(site, code, *options, cwd=None, check=True, **env):
     return result
 
 
+@pytest.mark.slow
 def test_wheel_is_whole(site):
     files = (p for p in (ROOT / 'cspnet_timm').rglob('*') if p.is_file() and '__pycache__' not in p.parts)
     assert not [f for f in files if not (site / f.relative_to(ROOT)).is_file()]
     assert not (site / 'tests').exists()
 
 
+@pytest.mark.slow
 def test_nothing_else_needed(site, tmp_path):
     result = run(site, '''
         import timm
@@ -61,6 +91,7 @@ def test_nothing_else_needed(site, tmp_path):
     assert str(site) in result.stdout and not result.stderr
 
 
+@pytest.mark.slow
 def test_torch_calls_its_entry_points(tmp_path):
     """What registration without an import rests on, by itself: an entry point of a package of two files."""
     (tmp_path / 'probe-1.0.dist-info').mkdir()
@@ -77,6 +108,7 @@ def test_torch_calls_its_entry_points(tmp_path):
             'under "How registration works", has to say so of this version.')
 
 
+@pytest.mark.slow
 def test_torch_alone_imports_nothing(site):
     run(site, '''
         import sys, torch
@@ -85,6 +117,7 @@ def test_torch_alone_imports_nothing(site):
     ''')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('autoload', [None, '0'])
 @pytest.mark.parametrize('imports', [
     'import cspnet_timm',
@@ -110,11 +143,13 @@ def test_explicit_import_in_every_order(site, imports, autoload):
     ''', '-W', 'error::RuntimeWarning', '-W', 'error::UserWarning', CSPNET_TIMM_AUTOLOAD=autoload)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('imports', ['import timm', 'import timm.layers, timm', 'import timm.models.resnet, timm'])
 def test_implicit_registration_in_every_order(site, imports):
     run(site, f'{imports}\nassert timm.is_model("cspnet_nano")', '-W', 'error::RuntimeWarning')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variable', ['CSPNET_TIMM_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD'])
 def test_turned_off(site, variable):
     run(site, '''
@@ -125,6 +160,7 @@ def test_turned_off(site, variable):
     ''', **{variable: '0'})
 
 
+@pytest.mark.slow
 def test_probes_reloads_and_threads(site):
     run(site, '''
         import importlib, importlib.util, threading, torch
@@ -142,6 +178,7 @@ def test_probes_reloads_and_threads(site):
     ''', '-W', 'error::RuntimeWarning')
 
 
+@pytest.mark.slow
 def test_installed_twice(site, tmp_path):
     shutil.copytree(site, tmp_path / 'again')
     run((site, tmp_path / 'again'), '''
@@ -150,6 +187,7 @@ def test_installed_twice(site, tmp_path):
     ''', '-W', 'error::RuntimeWarning', '-W', 'error::UserWarning', cwd=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('strict', [False, True])
 def test_a_broken_plugin_breaks_nothing(site, tmp_path, strict):
     broken = tmp_path / 'site'
@@ -170,6 +208,7 @@ def test_a_broken_plugin_breaks_nothing(site, tmp_path, strict):
     assert result.returncode == 1 and 'RuntimeError: a broken family' in result.stderr
 
 
+@pytest.mark.slow
 def test_a_name_of_timms_stays_timms(site):
     run(site, '''
         import timm
@@ -183,6 +222,7 @@ def test_a_name_of_timms_stays_timms(site):
     ''', '-W', 'error::UserWarning')
 
 
+@pytest.mark.slow
 def test_data_loader_workers(site, tmp_path):
     script = tmp_path / 'loader.py'
     script.write_text(textwrap.dedent('''
@@ -206,6 +246,7 @@ def test_data_loader_workers(site, tmp_path):
     run(site, f'import subprocess, sys; subprocess.run([sys.executable, {str(script)!r}], check=True)', cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_torchrun(site, tmp_path):
     script = tmp_path / 'train.py'
     script.write_text(textwrap.dedent('''
@@ -223,6 +264,7 @@ def test_torchrun(site, tmp_path):
     ''', cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_editable_install(tmp_path):
     environment = tmp_path / 'venv'
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(environment)], check=True)

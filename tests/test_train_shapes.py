@@ -20,8 +20,8 @@ def shapes():
     return module
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(shapes, tmp_path):
-    pytest.importorskip('matplotlib', reason='the plot needs the extra bench')
     results = shapes.main(['--images', '120', '--epochs', '3', '--output', str(tmp_path / 'results' / 'shapes')])
     assert json.loads((tmp_path / 'results' / 'shapes.json').read_text()) == results
     assert Image.open(tmp_path / 'results' / 'shapes.png').width > 500
