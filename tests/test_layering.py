@@ -1,5 +1,6 @@
 """What each part of the package may import."""
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -84,3 +85,9 @@ def test_no_family_is_known_below():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     assert not node.value.startswith('cspnet_') or node.value == 'cspnet_timm', f'{path}: {node.value}'
+
+
+def test_the_page_of_the_tests_names_every_file():
+    page = (PACKAGE.parent / 'tests' / 'README.md').read_text()
+    files = {path.name for path in Path(__file__).parent.glob('test_*.py')}
+    assert files == set(re.findall(r'test_\w+\.py', page)), 'tests/README.md'
