@@ -3,7 +3,8 @@
 The records are looked at as the engine reads them, and nothing is believed of where they come from. What a plan out of
 a stranger's file leads to is refused here, if it is not where it was read.
 """
-from typing import Any, Dict, List, NamedTuple, Sequence
+import ctypes
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 from .memory import Arena
 from .records import BINARY, FLOW, KIND, MODE, PLACE, POOL
@@ -23,7 +24,8 @@ class Memories(NamedTuple):
         scratch: Bytes of each thread's own memory for a layer.
         tiles: Tiles of 16 positions that each thread has room for.
         sizes: How many bytes lie at the address of each weight and table.
-        outputs: How many the network has.
+        input: Channels, height and width of an image.
+        outputs: The same of each output.
         in_tiles: Whether the engine multiplies in tiles.
     """
 
@@ -33,7 +35,8 @@ class Memories(NamedTuple):
     scratch: int
     tiles: int
     sizes: Dict[int, int]
-    outputs: int
+    input: Tuple[int, int, int]
+    outputs: Sequence[Tuple[int, int, int]]
     in_tiles: bool
 
 
@@ -79,6 +82,10 @@ class _Check:
     def between(self, low: int, value: int, high: int, what: str) -> None:
         if not low <= value <= high:
             raise self.fail(f'{what} {value}, which is not from {low} to {high}')
+
+    def same(self, one: Tuple[int, ...], other: Tuple[int, ...], what: str) -> None:
+        if tuple(one) != tuple(other):
+            raise self.fail(f'{what} of {one}, which should be {other}')
 
     def known(self, address: int, size: int, what: str) -> None:
         """Whether there are so many bytes at an address that is a tensor's."""
@@ -142,21 +149,32 @@ class _Check:
                 self.turns('in2', f['in2_rows'], height, steps)
         if f['in_turns']:
             self.turns('in', f['in_rows'], f['in_h'], steps)
-            if kind != KIND.CONV and (f['in_h'], f['in_w']) != (height, f['out_w'] or f['in_w']):
-                raise self.fail(f'a map of {(f["in_h"], f["in_w"])} for one of {(height, f["out_w"])}')
+            self.same((f['in_h'], f['in_w']), (height, f['out_w']), 'a map')
         self.tables(steps)
         if kind in (KIND.DEPTHWISE, KIND.POOL, KIND.BINARY, KIND.UPSAMPLE, KIND.MEAN):
             self.between(f['in_c'], f['out_c'], f['in_c'], 'out_c')
+        direct = kind == KIND.CONV and f['mode'] == MODE.DIRECT
+        self.between(int(direct or kind in (KIND.BINARY, KIND.OUTPUT)), f['in_turns'],
+                     int(direct or kind in (KIND.BINARY, KIND.OUTPUT)), 'in_turns')
         if kind == KIND.OUTPUT:
-            self.between(0, f['index'], self.m.outputs - 1, 'index')
+            self.between(0, f['index'], len(self.m.outputs) - 1, 'index')
+            self.same((f['in_c'], f['in_h'], f['in_w']), self.m.outputs[f['index']], 'an output')
+        elif kind == KIND.INPUT:
+            self.same((f['out_c'], height, f['out_w']), self.m.input, 'an image')
+        elif kind == KIND.MEAN:
+            self.same((height, f['out_w'], f['out8']), (1, 1, 0), 'a mean')
         elif kind == KIND.POOL:
             self.between(0, f['flavour'], max(POOL), 'flavour')
             self.window()
+            self.between(f['in8'], f['out8'], f['in8'], 'out8')
         elif kind == KIND.BINARY:
             self.between(0, f['flavour'], max(BINARY), 'flavour')
         elif kind == KIND.UPSAMPLE:
-            self.known(f['row_table'], 4 * height, 'row_table')
-            self.known(f['column_table'], 4 * f['out_w'], 'column_table')
+            self.between(f['in8'], f['out8'], f['in8'], 'out8')
+            for name, count, size in (('row_table', height, f['in_h']), ('column_table', f['out_w'], f['in_w'])):
+                self.known(f[name], 4 * count, name)
+                for row in (ctypes.c_int32 * count).from_address(f[name]):
+                    self.between(0, row, size - 1, f'a number in {name}')
         elif kind == KIND.DEPTHWISE:
             self.depthwise()
         elif kind == KIND.CONV:
@@ -249,8 +267,11 @@ class _Check:
             raise self.fail(f'flow {f["flow"]} with in8={f["in8"]}')
         size, item_2 = (1 if f[name] else 2 for name in ('in8', 'in2_8'))
         item = 4 if f['is_f32'] else 1 if f['out8'] else 2
-        if f['is_f32'] and (f['out8'] or f['flow'] == FLOW.BYTES):
-            raise self.fail('a result in float32 and in bytes')
+        if (f['is_f32'] and f['out8']) or (
+                f['flow'] in (FLOW.BYTES, FLOW.HALF) and bool(f['out8']) != (f['flow'] == FLOW.BYTES)):
+            raise self.fail(f'flow {f["flow"]} with out8={f["out8"]} and is_f32={f["is_f32"]}')
+        if f['res_mode'] and f['flow'] in (FLOW.BYTES, FLOW.HALF) and bool(f['in2_8']) != (f['flow'] == FLOW.BYTES):
+            raise self.fail(f'flow {f["flow"]} with in2_8={f["in2_8"]}')
         # How far a product reads beyond the first byte of a position, and its weights.
         koff = self.record.koff
         if in_tiles:
@@ -290,8 +311,6 @@ class _Check:
         # The map itself.
         pixels = self.most[f['in_place']] * f['in_h'] * f['in_w']
         if f['mode'] == MODE.DIRECT:
-            if (f['in_h'], f['in_w']) != (height, width) or not f['in_turns']:
-                raise self.fail(f'a map of {(f["in_h"], f["in_w"])} for one of {(height, width)}')
             self.map('in', f['in_off'], f['in_ps'], height, width, f['in_rows'], f['in_place'], 1)
             # A tile reads 16 positions whether they are there or not.
             end = f['in_off'] + (pixels + 15) * f['in_ps'] + reach + self.others(f['in_place'])

@@ -85,7 +85,8 @@ class Program:
             self.steps[rank].append(step)
         self.memories = Memories(
             arena=self.arena, images=self.images, share=share, scratch=self.scratch, tiles=self.tiles, sizes=pool.sizes,
-            outputs=sum(layer.op == 'output' for layer in layout.layers), in_tiles=tiles)
+            input=_shape(layout.values[0]), in_tiles=tiles,
+            outputs=[_shape(layer.ins[0]) for layer in layout.layers if layer.op == 'output'])
         check(self.records, self.steps, self.memories)
         self.handle: Optional[int] = None
 
@@ -114,6 +115,10 @@ class Program:
     def __del__(self) -> None:
         if getattr(self, 'handle', None):
             self._lib.csp_program_free(self.handle)
+
+
+def _shape(value: Value) -> Tuple[int, int, int]:
+    return value.c, value.h, value.w
 
 
 def _array(numbers: List[int]) -> Any:
