@@ -1,5 +1,6 @@
 """Weights as data: every tag says what it is, where its file lies and who states its licence."""
 import ast
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ METRICS = {'top1', 'top5', 'ap', 'ap50', 'mask_ap', 'keypoint_ap', 'wholebody_ap
 FAMILIES = Path(inspect.getfile(families)).parent
 
 
+@functools.cache
 def tags():
     return [f'{name}.{get_tag}' for name in ALL for get_tag in _tags(name)]
 
@@ -46,6 +48,15 @@ def test_every_entry_is_complete():
         assert not cfg.num_classes or info.task == CLASSIFICATION, name
         assert 'top1' not in info.metrics or cfg.num_classes == 1000, name
         assert cfg.pool_size == tuple(-(-side // 32) for side in cfg.input_size[1:]) or '_p6' in name, name
+
+
+def test_a_models_default_are_its_weights_for_classification():
+    """Where it has any: general features, and a classifier, are what a name without a tag promises."""
+    for name in ALL:
+        found = [tag for tag in tags() if tag.startswith(f'{name}.') and tag in WEIGHTS]
+        if any(WEIGHTS[tag].task == CLASSIFICATION and 'top1' in WEIGHTS[tag].metrics for tag in found):
+            cfg = get_pretrained_cfg(name)
+            assert WEIGHTS[f'{name}.{cfg.tag}'].task == CLASSIFICATION, f'{name} means {cfg.tag}'
 
 
 def test_every_licence_is_the_hubs_and_somebody_states_it():

@@ -204,14 +204,7 @@ _FACE6 = 'six data sets of faces, 106 keypoints (Face6)'
 _HUMANART = 'Human-Art and COCO'
 
 default_cfgs = describe_weights({
-    'cspnet_rtmdet_nano.coco_obj365_person': _person(
-        'rtmpose/rtmdet_nano_8xb32-100e_coco-obj365-person-05d8511e', 'COCO and Objects365, persons', 320, 40.3),
-    'cspnet_rtmdet_nano.hand': _person(
-        'rtmposev1/rtmdet_nano_8xb32-300e_hand-267f9c8f', 'hands of five data sets', 320, 76.0),
-    'cspnet_rtmdet_m.coco_obj365_person': _person(
-        'rtmpose/rtmdet_m_8xb32-100e_coco-obj365-person-235e8209', 'COCO and Objects365, persons', 640, 62.5),
-    'cspnet_rtmdet_tiny.humanart': _person('rtmposev1/rtmdet_tiny_8xb32-300e_humanart-7da5554e', _HUMANART, 640, 46.6),
-    'cspnet_rtmdet_s.humanart': _person('rtmposev1/rtmdet_s_8xb32-300e_humanart-af5bd52d', _HUMANART, 640, 50.6),
+    # The first of a model's tags is its default.
     'cspnet_rtmdet_tiny.rsb_a1_in1k': _in1k(
         'cspnext_tiny.rsb_a1_in1k', 'cspnext-tiny_imagenet_600e-3a2dd350.pth', 69.44, 89.45),
     'cspnet_rtmdet_s.rsb_a1_in1k': _in1k(
@@ -222,6 +215,14 @@ default_cfgs = describe_weights({
         'cspnext_l.rsb_a1_in1k', 'cspnext-l_8xb256-rsb-a1-600e_in1k-6a760974.pth', 81.3, 95.62),
     'cspnet_rtmdet_x.rsb_a1_in1k': _in1k(
         'cspnext_x.rsb_a1_in1k', 'cspnext-x_8xb256-rsb-a1-600e_in1k-b3f78edd.pth', 82.1, 95.69),
+    'cspnet_rtmdet_nano.coco_obj365_person': _person(
+        'rtmpose/rtmdet_nano_8xb32-100e_coco-obj365-person-05d8511e', 'COCO and Objects365, persons', 320, 40.3),
+    'cspnet_rtmdet_nano.hand': _person(
+        'rtmposev1/rtmdet_nano_8xb32-300e_hand-267f9c8f', 'hands of five data sets', 320, 76.0),
+    'cspnet_rtmdet_m.coco_obj365_person': _person(
+        'rtmpose/rtmdet_m_8xb32-100e_coco-obj365-person-235e8209', 'COCO and Objects365, persons', 640, 62.5),
+    'cspnet_rtmdet_tiny.humanart': _person('rtmposev1/rtmdet_tiny_8xb32-300e_humanart-7da5554e', _HUMANART, 640, 46.6),
+    'cspnet_rtmdet_s.humanart': _person('rtmposev1/rtmdet_s_8xb32-300e_humanart-af5bd52d', _HUMANART, 640, 50.6),
     'cspnet_rtmdet_tiny.coco': _coco('tiny', '20220902_112414-78e30dcc', 41.1),
     'cspnet_rtmdet_s.coco': _coco('s', '20220905_161602-387a891e', 44.6),
     'cspnet_rtmdet_m.coco': _coco('m', '20220719_112220-229f527c', 49.4),
