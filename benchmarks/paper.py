@@ -7,7 +7,7 @@ classifier; two operations per multiplication) and as PyTorch does (every parame
 activation traffic (elements that every convolution, pool and classifier reads and writes). Measured, all networks in
 turn in each repeat of one run, medians: a forward pass, a training step, and the memory that each takes at most.
 
-Writes ``paper.json``, ``paper.md`` and ``paper.png`` (the plot needs ``pip install cspnet-timm[bench]``).
+Writes ``paper.json``, ``paper.md`` and ``paper.png`` (the plot needs ``pip install '.[bench]'``).
 """
 import argparse
 import json
@@ -319,7 +319,7 @@ def plot(report: Dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('The plot needs matplotlib: pip install cspnet-timm[bench].') from error
+        raise ImportError('The plot needs matplotlib: pip install matplotlib.') from error
     series = dict(operations='operations', traffic='activation traffic', forward_ms='forward pass',
                   train_ms='training step', train_mib='training memory')
     figure = Figure(figsize=(3.5 + 0.9 * len(report['pairs']), 4.5), layout='constrained')

@@ -16,7 +16,7 @@ something else computes, nothing is reported. Five sections, of which ``--sectio
 
 Rates are given as fractions of what the machine reaches in a product of matrices, measured here too, and the roofline
 is drawn with the measured bandwidth of its memory. Writes ``speed.json``, ``speed.md`` and three plots (``pip install
-"cspnet-timm[bench,deploy]"``).
+'.[bench,deploy]'``).
 """
 import argparse
 import contextlib
@@ -340,6 +340,8 @@ def markdown(report: Dict[str, Any]) -> str:
     machine, rates = report['machine'], report['rates']
     products = ', '.join(f'{v / 1e12:.2f} TFLOP/s in {k}' for k, v in rates['operations_per_second'].items())
     lines = [
+        '# All measurements', '',
+        'What `benchmarks/speed.py` has written: each network, precision and road, as [Deployment](deploy.md) sums up.', '',
         f'{machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}, timm {machine["timm"]}'
         f'{"".join(f", {k} {v}" for k, v in machine["libraries"].items())}; medians of {report["rounds"]} '
         'turns, all that stands in one row measured side by side.',
@@ -418,7 +420,7 @@ def plots(report: Dict[str, Any]) -> Dict[str, Callable[[Path], Any]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('The plots need matplotlib: pip install "cspnet-timm[bench]".') from error
+        raise ImportError('The plots need matplotlib: pip install matplotlib.') from error
     cases, device = report['cases'], report['machine']['device']
 
     def save(draw: Callable[[Any], None], path: Path) -> None:

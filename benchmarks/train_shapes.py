@@ -75,7 +75,7 @@ def plot(results: Dict[str, Dict[str, Any]], path: Path) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError('the plot needs matplotlib: pip install "cspnet-timm[bench]"') from error
+        raise ImportError('the plot needs matplotlib: pip install matplotlib') from error
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 

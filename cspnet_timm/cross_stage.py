@@ -75,18 +75,15 @@ class CrossStage(ComposedStage):
     With ``hidden_chs`` channels behind the partition and γ the partial ratio, ``γ · hidden_chs`` of them bypass the
     blocks and the others, half of them at γ = 0.5, go through.
 
-    ======== ========================= =======================================================================
-    fusion   1×1 convolutions          networks
-    ======== ========================= =======================================================================
-    csp      behind blocks, and merge  CSPResNet, CSPResNeXt, CSPDarknet (the paper's Fig. 3b)
-    first    merge                     with the two of the partition this is the three-convolution form (C3) of
-                                       YOLOv5, YOLOX, RTMDet and timm's ``cs3`` nets (Fig. 3c)
-    last     behind blocks             Fig. 3d
-    ======== ========================= =======================================================================
+    - ``fusion='csp'``: 1×1 convolutions behind the blocks and behind the concatenation, as CSPResNet, CSPResNeXt and
+      CSPDarknet have them (the paper's Fig. 3b).
+    - ``fusion='first'``: one behind the concatenation alone. With the two of the partition this is the form of three
+      convolutions (C3) of YOLOv5, YOLOX, RTMDet and timm's ``cs3`` networks (Fig. 3c).
+    - ``fusion='last'``: one behind the blocks alone (Fig. 3d).
 
     Input ``(B, in_chs, H, W)``, output ``(B, out_chs, H, W)``.
 
-    Example:
+    Examples:
         >>> import torch, torch.nn as nn
         >>> from cspnet_timm import CrossStage
         >>> stage = CrossStage(64, 128, blocks=lambda chs: nn.Conv2d(chs, chs, 3, padding=1), partial_ratio=0.25)

@@ -35,7 +35,7 @@ pytestmark = [
 def needs(*libraries):
     """Skip without a library; fastai and anomalib are not in the extra ``clients``, for what they bring."""
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
-    wanted = ' '.join(missing) if {*missing} <= {'fastai', 'anomalib'} else '"cspnet-timm[clients]"'
+    wanted = ' '.join(missing) if {*missing} <= {'fastai', 'anomalib'} else '".[clients]"'
     return pytest.mark.skipif(bool(missing), reason=f'{", ".join(missing)} is not installed: pip install {wanted}')
 
 

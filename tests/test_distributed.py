@@ -91,7 +91,7 @@ def script(path, library, *replacements):
 
 def test_page_lightning(tmp_path):
     if importlib.util.find_spec('lightning') is None:
-        pytest.skip('lightning is not installed: pip install "cspnet-timm[clients]"')
+        pytest.skip('lightning is not installed: pip install ".[clients]"')
     path = script(
         tmp_path / 'train.py', 'import lightning', ("accelerator='gpu', devices=8", "accelerator='cpu', devices=2"),
         ('sync_batchnorm=True', 'sync_batchnorm=False'))  # torch has it for GPUs only

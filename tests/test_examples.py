@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / 'examples'
 
 needs_smp = pytest.mark.skipif(
     importlib.util.find_spec('segmentation_models_pytorch') is None,
-    reason='segmentation_models_pytorch is not installed: pip install "cspnet-timm[clients]"')
+    reason='segmentation_models_pytorch is not installed: pip install ".[clients]"')
 
 
 def execute(example, folder, *arguments, **environment):

@@ -216,7 +216,7 @@ def missing(*libraries: str) -> Optional[str]:
     names = [name for name in libraries if importlib.util.find_spec(name) is None]
     if not names:
         return None
-    return f'{", ".join(names)} is not installed: pip install "cspnet-timm[deploy]"'
+    return f'{", ".join(names)} is not installed: pip install {" ".join(names)}'
 
 
 def as_list(outputs: Any) -> Outputs:
