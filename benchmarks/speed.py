@@ -341,7 +341,8 @@ def markdown(report: Dict[str, Any]) -> str:
     products = ', '.join(f'{v / 1e12:.2f} TFLOP/s in {k}' for k, v in rates['operations_per_second'].items())
     lines = [
         '# All measurements', '',
-        'What `benchmarks/speed.py` has written: each network, precision and road, as [Deployment](deploy.md) sums up.', '',
+        'What `benchmarks/speed.py` has written: each network, precision and road, as [Deployment](deploy.md) sums up.',
+        '',
         f'{machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}, timm {machine["timm"]}'
         f'{"".join(f", {k} {v}" for k, v in machine["libraries"].items())}; medians of {report["rounds"]} '
         'turns, all that stands in one row measured side by side.',

@@ -5,9 +5,9 @@
 
 The input is a folder of images, or a WebDataset: tar files, named one by one or by braces. The output is a folder of
 Parquet files, one per ``--rows`` images, with a column ``key`` and one column of float32 vectors per level, the mean of
-its feature map. What is written stays: the same command, given again, goes on with the images that are missing. An image
-that cannot be read is named and passed over. ``--ray`` spreads the work over the machines of a Ray cluster, or over this
-one.
+its feature map. What is written stays: the same command, given again, goes on with the images that are missing. An
+image that cannot be read is named and passed over. ``--ray`` spreads the work over the machines of a Ray cluster, or
+over this one.
 
 It needs ``pip install pyarrow``, for tar files also ``webdataset``, for ``--ray`` also ``'ray[data]'``.
 """
