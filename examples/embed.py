@@ -144,7 +144,7 @@ def read_done(folder: Path, options: Dict[str, Any]) -> Tuple[Set[str], int]:
     import pyarrow.parquet
 
     folder.mkdir(parents=True, exist_ok=True)
-    about = folder / 'embed.json'
+    about = folder / '_embed.json'  # Parquet's readers pass over names that begin so
     if about.exists() and (before := json.loads(about.read_text())) != options:
         raise SystemExit(f'{folder}: was begun with {before}, and not with {options}: choose another --out')
     with replaced_file(about) as temporary:

@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import timm
 import torch
@@ -174,6 +176,73 @@ def test_segment_names_the_extra_that_is_missing(tmp_path):
     done = execute('segment', tmp_path, PYTHONPATH=path)
     assert done.returncode == 1 and 'pip install segmentation-models-pytorch' in done.stderr and not done.stdout
     assert 'usage: segment.py' in execute('segment', tmp_path, '--help', PYTHONPATH=path).stdout
+
+
+# Vectors
+
+def vectors(folder):
+    table = pyarrow.parquet.read_table(folder)
+    return {key: (row3, row4) for key, row3, row4 in zip(*(table[c].to_pylist() for c in ('key', 'layer3', 'layer4')))}
+
+
+@pytest.fixture
+def eight_images(tmp_path):
+    """Images in two folders, one of them damaged, and the same in two tar files."""
+    draw_two_classes(tmp_path / 'images', 2, 2)
+    (tmp_path / 'images' / 'train' / 'broken.jpg').write_bytes(b'no image')
+    for i, split in enumerate(('train', 'validation')):
+        with tarfile.open(tmp_path / f'{i:03d}.tar', 'w') as tar:
+            for path in sorted((tmp_path / 'images' / split).rglob('*.png')):
+                tar.add(path, f'{split}-{path.parent.name}-{path.name}')
+    return tmp_path
+
+
+def test_embed(examples, eight_images, capsys):
+    embed, out = examples('embed'), eight_images / 'vectors'
+    arguments = [str(eight_images / 'images'), '--model', 'cspnet_nano', '--batch-size', '3', '--rows', '3', '--out']
+    embed.main([*arguments, str(out)])
+    said = capsys.readouterr()
+    assert '8 images -> ' in said.out and 'train/broken.jpg: passed over' in said.err
+    found = vectors(out)
+    assert set(found) == {f'{s}/{c}/{i}.png' for s in ('train', 'validation') for c in ('blue', 'red') for i in (0, 1)}
+    # One vector is the mean of the level's map of that image, whatever was in the batch with it.
+    embedder = embed.Embedder(dict(model='cspnet_nano', pretrained=False, levels=[3, 4], device='cpu'))
+    with Image.open(eight_images / 'images' / 'train' / 'red' / '1.png') as image, torch.no_grad():
+        maps = embedder.model(embedder.transform(image.convert('RGB'))[None])
+    for vector, level in zip(found['train/red/1.png'], maps):
+        torch.testing.assert_close(torch.tensor(vector), level.mean((2, 3))[0])
+    # What is missing is done, and what is there is not done again.
+    first, *others = sorted(out.glob('*.parquet'))
+    others[0].unlink()
+    before = first.stat().st_mtime_ns
+    embed.main([*arguments, str(out)])
+    assert '5 images are done already' in (said := capsys.readouterr().out) and '3 images -> ' in said
+    again = vectors(out)
+    assert again.keys() == found.keys() and first.stat().st_mtime_ns == before
+    torch.testing.assert_close(torch.tensor([v[1] for v in again.values()]),
+                               torch.tensor([found[key][1] for key in again]))
+    with pytest.raises(SystemExit, match='was begun with'):
+        embed.main([*arguments, str(out), '--levels', '2'])
+
+
+def test_embed_a_webdataset(examples, eight_images):
+    out = eight_images / 'vectors'
+    examples('embed').main([str(eight_images / '{000..001}.tar'), '--model', 'cspnet_nano', '--out', str(out)])
+    assert set(vectors(out)) == {
+        f'{s}-{c}-{i}' for s in ('train', 'validation') for c in ('blue', 'red') for i in (0, 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('ray') is None, reason='ray is not installed: pip install ".[clients]"')
+def test_embed_on_ray(eight_images):
+    arguments = ['images', '--model', 'cspnet_nano', '--batch-size', 3]
+    run('embed', eight_images, *arguments, '--out', 'here')
+    assert '8 images -> there' in run('embed', eight_images, *arguments, '--ray', 1, '--rows', 5, '--out', 'there')
+    here, there = vectors(eight_images / 'here'), vectors(eight_images / 'there')
+    assert here.keys() == there.keys()
+    for key, pair in here.items():
+        for a, b in zip(pair, there[key]):
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b))
 
 
 # Weights of another framework, and the Hub
