@@ -163,7 +163,10 @@ def _convert(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:  # unreadable and foreign files, folders that are there, a Hub that refuses
         raise UserError(' '.join(str(error).split())) from error
     print(f'{args.file}: {done.found}')
-    print(f'{done.model}, licence {done.license}: loaded again and compared, relative distance {done.distance:.1e}')
+    of = ''
+    if done.model != done.preprocessing:
+        of = f' with the weights of your file, preprocessing of {done.preprocessing}'
+    print(f'{done.model}{of}, licence {done.license}: loaded again and compared, relative distance {done.distance:.1e}')
     print(f'{done.directory}: timm.create_model(\'local-dir:{done.directory}\', pretrained=True)')
     if done.url:
         print(done.url)

@@ -35,7 +35,8 @@ class Conversion:
     """What :func:`convert` has done.
 
     Attributes:
-        model: Name of the model, with the tag whose preprocessing it has been given.
+        model: Name of the model; with a tag only where the file is the released one of that tag.
+        preprocessing: Name of the weights whose preprocessing it has been given.
         directory: The folder.
         found: What the file held, in a line.
         sha256: The file's hash.
@@ -45,6 +46,7 @@ class Conversion:
     """
 
     model: str
+    preprocessing: str
     directory: Path
     found: str
     sha256: str
@@ -169,14 +171,18 @@ def _license(name: str, given: Optional[str], implied: str, path: Path) -> Dict[
 
 
 def _published(name: str, path: Path, sha256: str) -> Dict[str, str]:
-    """What is known of the weights, if the file is one that was released: its name carries the hash."""
+    """What is known of the weights, if the file is one that was released: its hash is."""
     info = WEIGHTS.get(name)
-    if info is None or path.name not in (source.filename for source in info.sources):
-        return {}
-    match = re.search(r'[-_]([0-9a-f]{8})(?=[._])', path.name)
-    if match is None or not sha256.startswith(match[1]):
+    known = [source.sha256 for source in info.sources if source.filename == path.name] if info is not None else []
+    if info is None or not any(digest and sha256.startswith(digest) for digest in known):
         return {}
     return {'data': info.data, 'source': info.source}
+
+
+def _provenance(path: Path, sha256: str) -> Dict[str, Any]:
+    """Entries of the config that say what a file of the user's is: no release of somebody else's."""
+    stem = re.sub(r'[^A-Za-z0-9]+', '_', path.name.partition('.')[0]).strip('_').lower() or 'file'
+    return {'tag': f'{stem}_{sha256[:8]}', 'origin_url': None}
 
 
 def _target(path: Path, name: str, native: Optional[Native], num_classes: Optional[int]) -> _Target:
@@ -279,13 +285,14 @@ def convert(
     terms = _license(name, license, implied, path)
     converted = _create(path, name, target)
     published = _published(name, path, sha256)
-    origin = f'`{path.name}` ({found}; sha256 `{sha256}`), converted by `cspnet-timm convert`'
+    origin = f'the file `{path.name}` ({found}; sha256 `{sha256}`), converted by `cspnet-timm convert`'
     about = hub.About(
         license=terms['license'],
         card=terms,
         source=f'{published["source"]}: {origin}' if published else origin,
         data=published.get('data'),
         label_names=list(labels) if labels and len(labels) == converted.num_classes else None,
+        model_config={} if published else {'pretrained_cfg': _provenance(path, sha256)},
     )
 
     with replaced_folder(directory) as temporary:
@@ -297,7 +304,8 @@ def convert(
     url = ''
     if repo_id is not None:
         url = str(hub.push(converted, repo_id, about).commit_url)
-    return Conversion(name, directory, found, sha256, terms['license'], distance, url)
+    called = name if published else split_model_name_tag(name)[0]
+    return Conversion(called, name, directory, found, sha256, terms['license'], distance, url)
 
 
 def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:

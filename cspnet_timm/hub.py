@@ -20,6 +20,7 @@ from timm.models._hub import generate_readme
 from timm.utils import unwrap_model
 
 from .backbone import CspBackbone, Fitted
+from .checkpoints.description import sorted_labels
 from .families._builder import WEIGHTS, WeightsInfo
 from .files import replaced_folder
 from .fitting import fit
@@ -322,7 +323,8 @@ def _prepare(model: nn.Module, about: Optional[About], fields: Dict[str, Any]) -
     if any(described):
         written['description'] = ' '.join(filter(None, described))
     if not pretrained:
-        written['tag'] = None  # the model has none of the weights that the tag stands for
+        # The model has none of the weights that the tag stands for, and that the address is of.
+        written.update(tag=None, origin_url=None)
     config['pretrained_cfg'] = {**written, **config.get('pretrained_cfg', {})}
     return _Export(
         model=_copy(model, architecture, args),
@@ -394,8 +396,11 @@ def _check_label_names(
     if isinstance(names, str):
         raise ValueError(f'label_names={names!r} is one string, not a list of one name per class.')
     if isinstance(names, Mapping):
-        by_index = {int(index): name for index, name in names.items()}
-        names = [by_index[i] for i in range(len(by_index)) if i in by_index]
+        sorted_names = sorted_labels(names, num_classes)
+        if not sorted_names:
+            raise ValueError(
+                f'label_names={dict(names)!r} are no names by index, or indices by name, of {num_classes} classes.')
+        names = sorted_names
     names = list(names)
     if len(names) != num_classes:
         raise ValueError(f'label_names has {len(names)} names, but the model has {num_classes} classes.')

@@ -102,18 +102,18 @@ def test_preprocessing_follows_the_kind_of_file(tmp_path):
     """RTMDet's classifiers and detectors have different transforms, and a detector's image is BGR."""
     _, state_dict, x, outputs = load_fixture('cspnext_tiny')
     path = foreign.openmmlab_file(tmp_path / 'a.pth', state_dict)
-    assert conversion.convert(path, tmp_path / 'classifier').model == 'cspnet_rtmdet_tiny.rsb_a1_in1k'
+    assert conversion.convert(path, tmp_path / 'classifier').preprocessing == 'cspnet_rtmdet_tiny.rsb_a1_in1k'
     detector = {k: v for k, v in state_dict.items() if not k.startswith('head.')}
     detector['bbox_head.rtm_cls.0.bias'] = torch.zeros(80)
     path = foreign.openmmlab_file(tmp_path / 'b.pth', detector)
-    assert conversion.convert(path, tmp_path / 'detector').model == 'cspnet_rtmdet_tiny.coco'
+    assert conversion.convert(path, tmp_path / 'detector').preprocessing == 'cspnet_rtmdet_tiny.coco'
     model = timm.create_model(f'local-dir:{tmp_path / "detector"}', pretrained=True).eval()
     with torch.no_grad():
         assert distance(model.forward_features(x.flip(1)), outputs['stride32']) < 1e-5
     path = foreign.openmmlab_file(
         tmp_path / 'cspnext-tiny_udp-body7_210e-256x192-a3775292_20230504.pth', {
             k: v for k, v in state_dict.items() if not k.startswith('head.')})
-    assert conversion.convert(path, tmp_path / 'pose').model == 'cspnet_rtmdet_tiny.udp_body7'
+    assert conversion.convert(path, tmp_path / 'pose').preprocessing == 'cspnet_rtmdet_tiny.udp_body7'
     assert 'Body7' not in (tmp_path / 'pose' / 'README.md').read_text()  # the hash in the name is not the file's
 
 
@@ -154,7 +154,7 @@ def test_networks_that_differ_in_nothing_but_the_name(tmp_path):
     with pytest.raises(CheckpointError, match=r'cspnet_yolo11n and cspnet_yolo26n.*choose one with --model'):
         conversion.convert(tmp_path / 'plain.pt', tmp_path / 'out')
     done = conversion.convert(tmp_path / 'plain.pt', tmp_path / 'out', model='cspnet_yolo26n')
-    assert done.model == 'cspnet_yolo26n.coco'
+    assert (done.model, done.preprocessing) == ('cspnet_yolo26n', 'cspnet_yolo26n.coco')
 
 
 def test_nothing_is_left_behind_by_failures(tmp_path, monkeypatch):
@@ -230,7 +230,8 @@ def test_commands(tmp_path, capsys):
     assert 'model.0.conv.weight: 16x3x3x3 float32' in capsys.readouterr().out
     assert cli.main(['convert', str(path), '--out', str(tmp_path / 'out')]) == 0
     out = capsys.readouterr().out
-    assert 'cspnet_yolov8n.coco, licence agpl-3.0: loaded again and compared' in out and 'local-dir:' in out
+    assert 'preprocessing of cspnet_yolov8n.coco, licence agpl-3.0: loaded again and compared' in out
+    assert 'local-dir:' in out
 
 
 @pytest.mark.parametrize('argv', [

@@ -213,7 +213,7 @@ def sorted_labels(names: Any, num_classes: Optional[int] = None) -> Tuple[str, .
         return tuple(names) if all(type(name) is str for name in names) else ()
     if not isinstance(names, Mapping) or not names:
         return ()
-    if all(type(key) is str and type(value) is int for key, value in names.items()):
+    if all(type(key) is str and type(value) is int and value >= 0 for key, value in names.items()):
         names = {index: name for name, index in names.items()}
     by_index: Dict[int, str] = {}
     for index, name in names.items():
