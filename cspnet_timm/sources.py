@@ -510,7 +510,7 @@ def _first(
 ) -> Path:
     answers: Dict[str, str] = {}
     for source in (s for s in sources if not s.manual):
-        if is_offline():
+        if is_offline() and not source.url.startswith('file:'):
             answers[source.link] = 'not asked, since HF_HUB_OFFLINE is set'
             continue
         try:
