@@ -4,15 +4,18 @@ The taps are direct children of the model and have no dots in their names: ``ste
 2, 4, 8, 16 and 32. What breaks in detection and segmentation libraries without that is told in ``docs/clients.md``.
 """
 import functools
+import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropBlock2d, calculate_drop_path_rates, get_device_dtype
 from timm.models import checkpoint, named_apply
 from timm.models._features import feature_take_indices
+from torch.overrides import TorchFunctionMode
 
 from .cross_stage import ComposedStage
 from .fitting import fit, tell_left_out
@@ -21,7 +24,7 @@ from .naming import StateDict
 
 __all__ = ['BackboneCfg', 'CspBackbone', 'Level', 'LevelArgs', 'StateDict']
 
-OUTPUT_STRIDES = (8, 16, 32)
+OUTPUT_STRIDES = (8, 16, 32)  # and a network's own, where it goes further
 MAX_LEVELS = 6
 
 
@@ -36,6 +39,7 @@ class LevelArgs:
         drop_path: Drop path rate of each residual block.
         drop_block: Creates the level's DropBlock, None if there is none.
         layers: ``act_layer``, ``norm_layer``, ``device`` and ``dtype``, for every layer to be created with.
+        act_replaced: Whether ``act_layer`` is the caller's and not the network's.
     """
 
     stride: int
@@ -44,6 +48,21 @@ class LevelArgs:
     drop_path: Tuple[float, ...]
     drop_block: Optional[Callable[[], nn.Module]]
     layers: Dict[str, Any]
+    act_replaced: bool = False
+
+    def layers_with(self, act_layer: ActLayer) -> Dict[str, Any]:
+        """As ``layers``, for layers of the network that have another activation than most.
+
+        Args:
+            act_layer: Theirs, None if they are linear. It gives way to an activation that the caller asks for; a layer
+                without activation stays without.
+
+        Returns:
+            Arguments of the layers.
+        """
+        if act_layer is None or not self.act_replaced:
+            return {**self.layers, 'act_layer': act_layer}
+        return self.layers
 
     def block_kwargs(self, index: int) -> Dict[str, Any]:
         """Arguments of the level's block number ``index``: dilation, drop path, DropBlock and the layers' own."""
@@ -51,9 +70,30 @@ class LevelArgs:
             dilation=self.dilation, drop_path=self.drop_path[index], drop_block=self.drop_block, **self.layers)
 
 
+class _DropPathRates(Tuple[float, ...]):
+    """The drop path rates of a level's blocks, which know what was asked of them."""
+
+    used: Set[int]
+
+    def __new__(cls, rates: Iterable[float]) -> '_DropPathRates':
+        self = super().__new__(cls, rates)  # type: ignore[type-var]
+        self.used = set()
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int):
+            if not 0 <= index < len(self):
+                raise ValueError(
+                    f'Level(depth={len(self)}) has no residual block {index}: depth must count all that it builds.')
+            self.used.add(index)
+        return super().__getitem__(index)
+
+
 @dataclass(frozen=True)
 class Level:
     """One tap of a backbone.
+
+    What is said here of the level, so that it is known before the level is built, is compared with what it builds.
 
     Attributes:
         build: Called with the input's channels and a :class:`LevelArgs`, returns the module.
@@ -81,8 +121,7 @@ class BackboneCfg:
         head: Called with ``in_features``, ``num_classes``, ``pool_type``, ``drop_rate``, ``device`` and ``dtype`` by
             keyword (and ``act_layer`` and ``norm_layer`` as ``layers`` has them); timm's ``ClassifierHead`` if None.
         convert: Turns a state dict under other key names into one under this model's; returns others as they are.
-        file_order: Names the model's convolutions, classifier included, in the order in which files list them that
-            name nothing (Darknet's); None if there are no such files.
+        file_layout: How files list the model's tensors that name nothing (Darknet's); None if there are no such files.
     """
 
     levels: Tuple[Level, ...]
@@ -92,7 +131,7 @@ class BackboneCfg:
     bn_momentum: float = 0.1
     head: Optional[Callable[..., nn.Module]] = None
     convert: Optional[Callable[[StateDict, nn.Module], StateDict]] = field(default=None, compare=False)
-    file_order: Optional[Callable[[nn.Module], List[str]]] = field(default=None, compare=False)
+    file_layout: Optional[Any] = field(default=None, compare=False)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> 'BackboneCfg':
         return self
@@ -124,7 +163,7 @@ class CspBackbone(nn.Module):
             in_chans: int = 3,
             num_classes: int = 1000,
             global_pool: str = 'avg',
-            output_stride: int = 32,
+            output_stride: Optional[int] = None,
             act_layer: ActLayer = None,
             norm_layer: NormLayer = None,
             bn_eps: Optional[float] = None,
@@ -142,7 +181,8 @@ class CspBackbone(nn.Module):
             in_chans: Channels of the input.
             num_classes: Classes, 0 for the pooled features.
             global_pool: timm's pooling name: ``'avg'``, ``'max'``, ``'avgmax'``, ``'catavgmax'``, or ``''`` for none.
-            output_stride: Largest stride, 8, 16 or 32: the levels behind it keep their size and dilate.
+            output_stride: Largest stride, 8, 16 or 32: the levels behind it keep their size and dilate. By default the
+                network's own.
             act_layer: Replaces the network's activation, a class or timm's name.
             norm_layer: Replaces the network's normalisation, a class or timm's name.
             bn_eps: Replaces the network's batch norm epsilon.
@@ -156,11 +196,17 @@ class CspBackbone(nn.Module):
             dtype: Type of the parameters.
 
         Raises:
-            ValueError: If ``output_stride`` is none of 8, 16 and 32, or a classifier is asked for without pooling.
+            ValueError: If ``output_stride`` is none of 8, 16 and 32, a classifier is asked for without pooling, or a
+                level is not what ``cfg`` says of it.
         """
         super().__init__()
-        if output_stride not in OUTPUT_STRIDES:
-            raise ValueError(f'output_stride={output_stride} does not exist, choose one of 8, 16 and 32.')
+        full_stride = math.prod(level.stride for level in cfg.levels)
+        if output_stride is None:
+            output_stride = full_stride
+        elif output_stride not in (*OUTPUT_STRIDES, full_stride):
+            *most, last = sorted({*OUTPUT_STRIDES, max(full_stride, 32)})
+            raise ValueError(
+                f'output_stride={output_stride} does not exist, choose one of {", ".join(map(str, most))} and {last}.')
         if not 2 <= len(cfg.levels) <= MAX_LEVELS:
             raise ValueError(f'{len(cfg.levels)} levels cannot be built, a backbone has 2 to {MAX_LEVELS}.')
         _check_pooling(num_classes, global_pool)
@@ -170,7 +216,7 @@ class CspBackbone(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        self.file_order = cfg.file_order
+        self.file_layout = cfg.file_layout
         self.feature_info = []  # type: List[Dict[str, Any]]
 
         layers: Dict[str, Any] = dict(
@@ -185,18 +231,23 @@ class CspBackbone(nn.Module):
         depths = [level.depth for level in cfg.levels]
         drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         chs, reduction, dilation = in_chans, 1, 1
+        side = max(2 * full_stride, 64)
+        probe = torch.empty(1, in_chans, side, side, device='meta', dtype=dtype)
         for i, (level, drop_path) in enumerate(zip(cfg.levels, drop_paths)):
             first_dilation, stride = dilation, level.stride
             if stride > 1 and reduction >= output_stride:
                 dilation *= stride
                 stride = 1
             args = LevelArgs(
-                stride, first_dilation, dilation, tuple(drop_path),  # type: ignore[arg-type]
+                stride, first_dilation, dilation, _DropPathRates(drop_path),  # type: ignore[arg-type]
                 drop_block=_drop_block(drop_block_rate, levels_behind=len(cfg.levels) - 1 - i),
                 layers=layers,
+                act_replaced=act_layer is not None,
             )
             name = f'layer{i}' if i else 'stem'
-            self.add_module(name, level.build(chs, args))
+            module = level.build(chs, args)
+            probe = _check_level(name, level, args, module, probe)
+            self.add_module(name, module)
             chs = level.out_chs
             reduction *= stride
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=name))
@@ -453,6 +504,38 @@ def _check_pooling(num_classes: int, global_pool: str) -> None:
             f'global_pool=\'\' gives feature maps, which num_classes={num_classes} cannot classify: '
             'pass num_classes=0, or a pooling such as \'avg\'.'
         )
+
+
+class _ShapesAlone(TorchFunctionMode):
+    """Leaves out what changes no shape and takes nearly all the time on the meta device, where it is decomposed."""
+
+    def __torch_function__(
+            self,
+            func: Callable[..., Any],
+            types: Any,
+            args: Tuple[Any, ...] = (),
+            kwargs: Optional[Dict[str, Any]] = None,
+    ) -> Any:
+        return args[0] if func in (F.batch_norm, F.mish) else func(*args, **(kwargs or {}))
+
+
+def _check_level(name: str, level: Level, args: LevelArgs, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Compare a level with what is said of it, by its shapes alone, and return what it makes of ``x``."""
+    unused = set(range(level.depth)) - args.drop_path.used  # type: ignore[attr-defined]
+    if unused:
+        raise ValueError(
+            f'{name}: Level(depth={level.depth}) has residual blocks that it does not build: {sorted(unused)}.')
+    tensors = {key: torch.empty_like(value, device='meta') for key, value in module.state_dict(keep_vars=True).items()}
+    with torch.no_grad(), _ShapesAlone():
+        y = torch.func.functional_call(module.eval(), tensors, (x,))
+    module.train()
+    expected = (1, level.out_chs, *(-(-side // args.stride) for side in x.shape[2:]))
+    if tuple(y.shape) != expected:
+        raise ValueError(
+            f'{name}: Level(out_chs={level.out_chs}, stride={level.stride}) makes {expected} of {tuple(x.shape)}, but '
+            f'what it builds makes {tuple(y.shape)}.'
+        )
+    return y
 
 
 def _checkpointed(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

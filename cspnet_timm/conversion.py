@@ -15,8 +15,7 @@ from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
 
 from . import hub
 from .backbone import CspBackbone
-from .checkpoints import Checkpoint, CheckpointError, open_checkpoint
-from .checkpoints.darknet import NETWORKS
+from .checkpoints import Checkpoint, CheckpointError, darknet, open_checkpoint
 from .families._builder import WEIGHTS
 from .files import replaced_folder
 from .fitting import candidates
@@ -90,16 +89,6 @@ def _told(names: List[str], checkpoint: Checkpoint) -> List[str]:
     return [name for name in names if name in told] or names
 
 
-def _darknet_models(path: Path) -> List[str]:
-    """The networks that as many numbers make as a Darknet file has; it says nothing else of them."""
-    size = path.stat().st_size
-    names = []
-    for name, build in NETWORKS.items():
-        tensors = build(device='meta').state_dict()
-        numbers = sum(v.numel() for k, v in tensors.items() if not k.endswith('num_batches_tracked'))
-        if size - 4 * numbers in (16, 20):
-            names.append(name)
-    return names
 
 
 def _choose(path: Path, names: List[str], found: str) -> str:
@@ -274,7 +263,11 @@ def convert(
     labels: Tuple[str, ...] = ()
     if checkpoint is None:
         found, implied = 'Darknet weights file', ''
-        target = _Target(model or _choose(path, _darknet_models(path), found), num_classes)
+        matches = darknet.candidates(path)
+        name = model or _choose(path, list(dict.fromkeys(match.network for match in matches)), found)
+        # A classifier's length tells its classes; nothing of a detector's file is a classifier.
+        told = next((match.num_classes for match in matches if match.network == split_model_name_tag(name)[0]), None)
+        target = _Target(name, told if num_classes is None else num_classes)
     else:
         with checkpoint:
             found, implied, labels = checkpoint.summary(), checkpoint.license, checkpoint.labels
@@ -324,11 +317,13 @@ def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:
     path = Path(path).expanduser()
     checkpoint = open_checkpoint(path)
     if checkpoint is None:
-        names = _darknet_models(path)
+        matches = darknet.candidates(path)
+        contents = list(dict.fromkeys(match.content for match in matches))
         return [
             'container: Darknet weights file',
             f'numbers: {(path.stat().st_size - 16) // 4:,} and the header',
-            f'model: {_listed(names)}',
+            *[f'holds: {content}' for content in contents],
+            f'model: {_listed(list(dict.fromkeys(match.network for match in matches)))}',
         ]
     with checkpoint:
         lines = checkpoint.lines()

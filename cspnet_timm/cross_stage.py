@@ -25,10 +25,14 @@ class ComposedStage(nn.Module):
     """The sentence itself, of any five modules; ``nn.Identity`` is a legal choice for each.
 
     Both branches read the stage's whole input; a plain split of the channels is a
-    :class:`~cspnet_timm.layers.ChannelSlice` at the head of each. The order of the concatenation is [blocks, bypass].
+    :class:`~cspnet_timm.layers.ChannelSlice` at the head of each. The order of the concatenation is [blocks, bypass],
+    where a merge follows: whatever order a released network has, the input channels of its merge are put into this one
+    when its weights are loaded. Where nothing follows, the order is that of the map itself, and can be asked for.
 
     Input ``(B, in_chs, H, W)``; the output is what ``merge`` makes of the concatenation.
     """
+
+    bypass_first: torch.jit.Final[bool]
 
     def __init__(
             self,
@@ -37,6 +41,7 @@ class ComposedStage(nn.Module):
             bypass: Optional[nn.Module] = None,
             transition: Optional[nn.Module] = None,
             merge: Optional[nn.Module] = None,
+            bypass_first: bool = False,
     ) -> None:
         """
         Args:
@@ -45,8 +50,10 @@ class ComposedStage(nn.Module):
             bypass: Leads from the input around the blocks.
             transition: Behind the blocks, before the concatenation.
             merge: Behind the concatenation.
+            bypass_first: Concatenate [bypass, blocks].
         """
         super().__init__()
+        self.bypass_first = bypass_first
         self.entry = entry if entry is not None else nn.Identity()
         self.blocks = blocks
         self.transition = transition if transition is not None else nn.Identity()
@@ -58,7 +65,10 @@ class ComposedStage(nn.Module):
         """Partition, transform, merge."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return self._checkpointed(x)
-        return self.merge(torch.cat([self.transition(self.blocks(self.entry(x))), self.bypass(x)], dim=1))
+        return self._merge(self.transition(self.blocks(self.entry(x))), self.bypass(x))
+
+    def _merge(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.merge(torch.cat([x, y] if self.bypass_first else [y, x], dim=1))
 
     @torch.jit.ignore
     def _checkpointed(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +76,7 @@ class ComposedStage(nn.Module):
         y = checkpoint(self.entry, x)
         y = checkpoint_seq(self.blocks, y) if isinstance(self.blocks, nn.Sequential) else checkpoint(self.blocks, y)
         y = checkpoint(self.transition, y)
-        return checkpoint(lambda y, x: self.merge(torch.cat([y, x], dim=1)), y, checkpoint(self.bypass, x))
+        return checkpoint(self._merge, y, checkpoint(self.bypass, x))
 
 
 class CrossStage(ComposedStage):

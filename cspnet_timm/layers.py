@@ -11,8 +11,8 @@ from timm.layers import ClassifierHead, create_act_layer, get_act_layer, get_nor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 __all__ = ['ActLayer', 'ChannelSlice', 'ConvHead', 'ConvNormAct', 'NormLayer', 'PartialShortcut', 'RepConv',
-           'SeparableConv', 'SpatialPyramidPool', 'bind_norm_layer', 'create_act', 'create_norm', 'fold_batch_norm',
-           'zero_init']
+           'SeparableConv', 'SpatialPyramidPool', 'bind_norm_layer', 'create_act', 'create_norm', 'down_pool',
+           'fold_batch_norm', 'zero_init']
 
 ActLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
 NormLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
@@ -215,6 +215,27 @@ def zero_init(layer: nn.Module) -> None:
         gamma: Any = getattr(getattr(part, 'bn', None), 'weight', None)
         if gamma is not None:
             nn.init.zeros_(gamma)
+
+
+def down_pool(stride: int = 2, dilation: int = 1) -> nn.Module:
+    """The 2×2 max pool that halves a map, in any level of a backbone: also where dilation replaces its stride.
+
+    A pool of stride 1 reads what the one of stride 2 would have read, pixels ``dilation`` apart, at every position;
+    what lies outside of the map is never the maximum. An odd map is halved upwards.
+
+    Args:
+        stride: 2, or 1 for a level whose stride is replaced by dilation.
+        dilation: Distance of the pixels that are compared, for stride 1.
+
+    Returns:
+        A module from ``(B, C, H, W)`` to ``(B, C, ceil(H / stride), ceil(W / stride))``.
+    """
+    if stride > 1:
+        return nn.MaxPool2d(2, stride, ceil_mode=True)
+    return nn.Sequential(OrderedDict(
+        pad=nn.ConstantPad2d((0, dilation, 0, dilation), float('-inf')),
+        pool=nn.MaxPool2d(2, 1, dilation=dilation),
+    ))
 
 
 class ChannelSlice(nn.Module):

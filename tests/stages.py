@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.layers import EffectiveSEModule
 from timm.models import generate_default_cfgs, register_model
 
-from cspnet_timm.backbone import BackboneCfg, Level
+from cspnet_timm.backbone import BackboneCfg, Level, LevelArgs
 from cspnet_timm.blocks import (
     AttentionBlock,
     BottleneckBlock,
@@ -26,7 +26,7 @@ from cspnet_timm.blocks import (
 from cspnet_timm.cross_stage import ComposedStage, CrossStage
 from cspnet_timm.families._builder import build_backbone, default_cfg
 from cspnet_timm.families.peleenet import StemPool, TwoWayLayer
-from cspnet_timm.layers import ConvHead, ConvNormAct, RepConv, SeparableConv, SpatialPyramidPool
+from cspnet_timm.layers import ChannelSlice, ConvHead, ConvNormAct, RepConv, SeparableConv, SpatialPyramidPool
 
 CHS = 16
 LEAKY = functools.partial(nn.LeakyReLU, negative_slope=0.1)
@@ -34,7 +34,14 @@ LEAKY = functools.partial(nn.LeakyReLU, negative_slope=0.1)
 separable = (ConvNormAct, SeparableConv)
 
 
-def level(*parts, depth=2):
+class Asked(dict):
+    """Drop path rates of any number of blocks, which keep what was asked for."""
+
+    def __missing__(self, index):
+        return self.setdefault(index, 0.)
+
+
+def level(*parts):
     """A level of parts, each called with the input's channels and the level's arguments; all give 16 channels."""
 
     def build(in_chs, args):
@@ -43,7 +50,10 @@ def level(*parts, depth=2):
             modules[f'part{i}'] = part(CHS if i else in_chs, args)
         return nn.Sequential(modules)
 
-    return Level(build, CHS, depth=depth)
+    asked = Asked()
+    layers = dict(act_layer='silu', norm_layer='batchnorm2d', device='meta', dtype=None)
+    build(CHS, LevelArgs(2, 1, 1, asked, None, layers))
+    return Level(build, CHS, depth=len(asked))
 
 
 def down(cls=ConvNormAct, **kwargs):
@@ -135,6 +145,22 @@ def stem(*kernel_sizes):
 dark = block(DarkBlock)
 thin = block(DarkBlock, shortcut=False)
 
+
+
+def split_second_half(chs, args):
+    """YOLOv4-tiny's stage, which nothing merges."""
+    return nn.Sequential(OrderedDict(
+        conv=ConvNormAct(chs, CHS // 2, **args.layers),
+        csp=ComposedStage(
+            entry=nn.Sequential(OrderedDict(split=ChannelSlice(CHS // 4, CHS // 2), conv=ConvNormAct(
+                CHS // 4, CHS // 4, 3, dilation=args.dilation, **args.layers))),
+            blocks=ConcatOutputs([ConvNormAct(CHS // 4, CHS // 4, 3, **args.layers)], CHS // 2),
+            transition=ConvNormAct(CHS // 2, CHS // 2, **args.layers),
+            bypass_first=True,
+        ),
+    ))
+
+
 NETWORKS = {
     # YOLO and its like: residual blocks, plain, separable and re-parameterisable; chains that keep every output.
     'detectors': BackboneCfg(
@@ -176,6 +202,7 @@ NETWORKS = {
             stem(3, 3),
             level(
                 pool(nn.MaxPool2d),
+                split_second_half,
                 composed(row(block(BottleneckBlock), block(BottleneckBlock, groups=4)), transition=True),
                 stage(row(dark), fusion='csp'),
                 stage(row(elastic(DarkBlock)), fusion='csp'),

@@ -41,6 +41,15 @@ FILE_BYTES = {
     'cspnet_plain_resnet50': 91_303_604,
     'cspnet_plain_resnext50': 89_251_508,
     'cspnet_plain_darknet53': 166_582_580,
+    # Of detectors, the backbones.
+    'cspnet_yolov4': 106_610_068,
+    'cspnet_yolov4_tiny': 14_534_548,
+    'cspnet_yolov4_csp': 106_524_052,
+    'cspnet_yolov4_csp_swish': 106_524_052,
+    'cspnet_yolov4_x_mish': 193_265_428,
+    'cspnet_yolov4_csp_x_swish': 193_265_428,
+    'cspnet_yolov4_p5': 161_217_940,
+    'cspnet_yolov4_p6': 281_976_212,
 }
 HEADERS = [
     struct.pack('<3iQ', 0, 2, 5, 0),

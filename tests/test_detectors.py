@@ -148,7 +148,7 @@ def test_batch_norm_is_that_of_the_released_weights(name):
 def test_every_classifying_form_has_the_convolution_in_its_head():
     for name in timm.list_models('cspnet_yolo*_cls'):
         head = timm.create_model(name, device='meta').head
-        assert isinstance(head, ConvHead) and head.num_features == 1280, name
+        assert isinstance(head, ConvHead) and head.num_features == (1024 if 'yolov9' in name else 1280), name
     for name in ('cspnet_yolov8n', 'cspnet_yolox_nano', 'cspnet_rtmdet_nano'):
         assert type(timm.create_model(name, device='meta', num_classes=3).head) is ClassifierHead
 

@@ -297,7 +297,8 @@ def test_drop(network):
     model = create(network, drop_rate=0.3, drop_path_rate=0.3, drop_block_rate=0.3, num_classes=4)
     plain = create(network, num_classes=4)
     kinds = {type(m).__name__ for m in model.modules()}
-    assert kinds >= {'DropPath', 'DropBlock2d'}
+    residual = any(hasattr(m, 'drop_path') for m in model.modules())  # not every network has blocks to leave out
+    assert kinds >= {'DropBlock2d', *(['DropPath'] if residual else [])}
     assert model.state_dict().keys() == plain.state_dict().keys()
     x = image(size=(128, 128))
     with torch.no_grad():

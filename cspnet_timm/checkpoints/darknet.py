@@ -1,8 +1,9 @@
 """Darknet's ``.weights`` files: a header, and float32 numbers without a name in the order of the network's cfg.
 
 A convolution is stored as bias, then scale, mean and variance if it has a batch norm (whose beta the bias is), then
-weights; :attr:`~cspnet_timm.backbone.BackboneCfg.file_order` says which convolution comes when. Nothing in a file names
-its network, but its length does: it is compared before a single number is read.
+weights; a network's :class:`Layout` says which convolution comes when, and what follows the network in files that hold
+more: a detector's begins with its backbone, and how long it is depends on its classes. Nothing in a file names its
+network, but its length does: it is compared before a single number is read.
 
 Darknet numbers the classes of ImageNet in an order of its own, which ``data/darknet_imagenet_order.txt`` lists; the
 rows of a classifier of 1000 classes are put into the order of the sorted WordNet ids, timm's and everybody's else.
@@ -13,9 +14,10 @@ import functools
 import logging
 import re
 import struct
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -23,7 +25,8 @@ import torch.nn as nn
 
 from . import CheckpointError
 
-__all__ = ['NETWORKS', 'check', 'class_order', 'read', 'recognises']
+__all__ = ['NETWORKS', 'DetectionConv', 'FileConv', 'Layout', 'Match', 'Tail', 'candidates', 'check', 'class_order',
+           'read', 'recognises']
 
 _logger = logging.getLogger(__name__)
 
@@ -34,6 +37,91 @@ NETWORKS: Dict[str, Callable[..., nn.Module]] = {}
 _NAME = re.compile(r'.\.(weights|backup|conv\.\d+)$')
 _VERSIONS = {(0, 1, 0), (0, 2, 0), (0, 2, 5)}  # all that Darknet and its forks have written
 _MAX_VERSION = 1000  # larger numbers meant transposed layers long ago, and are otherwise no header at all
+_COCO_CLASSES = 80
+_IMAGENET_CLASSES = 1000
+
+
+class FileConv(NamedTuple):
+    """A convolution with batch norm behind the network in its file.
+
+    Attributes:
+        in_chs: Channels that it reads.
+        out_chs: Channels that it gives.
+        kernel_size: Side of its kernel.
+    """
+
+    in_chs: int
+    out_chs: int
+    kernel_size: int = 1
+
+    def count(self, num_classes: int) -> int:
+        """Numbers in the file."""
+        return self.out_chs * (4 + self.in_chs * self.kernel_size ** 2)
+
+
+class DetectionConv(NamedTuple):
+    """A detector's last convolution at one stride, 1×1 with a bias: box, objectness and classes for each anchor.
+
+    Attributes:
+        in_chs: Channels that it reads.
+        anchors: Anchors per position.
+    """
+
+    in_chs: int
+    anchors: int
+
+    def count(self, num_classes: int) -> int:
+        """Numbers in the file."""
+        return self.anchors * (5 + num_classes) * (self.in_chs + 1)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What follows a backbone in a detector's file, in the file's order.
+
+    Attributes:
+        network: Name of the model that such a file is for, where several have its backbone.
+        layers: The neck's convolutions and those that detect.
+        bn_eps: Batch norm's epsilon of the whole file.
+    """
+
+    network: str
+    layers: Tuple[Union[FileConv, DetectionConv], ...]
+    bn_eps: float = 1e-5
+
+    def count(self, num_classes: int) -> int:
+        """Numbers in the file."""
+        return sum(layer.count(num_classes) for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a network's tensors stand in its files.
+
+    Attributes:
+        order: Names the network's convolutions, and its classifier if its files have one, in the order of the file.
+        arrange: Puts the tensors that were read, in place and under the network's keys, into the network's own order of
+            channels, where that is not the file's.
+        tails: Of detectors whose files begin with the network.
+    """
+
+    order: Callable[[nn.Module], List[str]]
+    arrange: Optional[Callable[[Dict[str, torch.Tensor]], None]] = None
+    tails: Tuple[Tail, ...] = ()
+
+
+class Match(NamedTuple):
+    """A network that a file may be of.
+
+    Attributes:
+        network: Name of the model.
+        content: What the file holds of it, in words.
+        num_classes: Of its classifier, None if it has none.
+    """
+
+    network: str
+    content: str
+    num_classes: Optional[int] = None
 
 
 class _Tensor(NamedTuple):
@@ -43,6 +131,15 @@ class _Tensor(NamedTuple):
     @property
     def size(self) -> int:
         return int(np.prod(self.shape))
+
+
+class _Extent(NamedTuple):
+    """How much of a network a file holds, and what of it the network has no place for."""
+
+    held: int  # convolutions of the network
+    tail: Optional[Tail] = None
+    num_classes: int = 0  # of the tail
+    held_behind: int = 0  # convolutions of the tail
 
 
 def recognises(path: Path, head: bytes) -> bool:
@@ -75,9 +172,9 @@ def class_order() -> Tuple[int, ...]:
 
 def _layers(model: nn.Module) -> List[List[_Tensor]]:
     """The tensors of each convolution, in file order; of a model without such files, none."""
-    order = getattr(model, 'file_order', None)
+    layout = getattr(model, 'file_layout', None)
     layers = []
-    for name in order(model) if order is not None else ():
+    for name in layout.order(model) if layout is not None else ():
         module: Any = model.get_submodule(name)
         conv, bn, prefix = getattr(module, 'conv', module), getattr(module, 'bn', None), f'{name}.'
         if bn is None:
@@ -90,6 +187,16 @@ def _layers(model: nn.Module) -> List[List[_Tensor]]:
             prefix = f'{prefix}conv.'
         layers.append(tensors + [_Tensor(f'{prefix}weight', tuple(conv.weight.shape))])
     return layers
+
+
+def _tails(model: nn.Module) -> Tuple[Tail, ...]:
+    layout = getattr(model, 'file_layout', None)
+    return layout.tails if layout is not None else ()
+
+
+def _backbone(layers: List[List[_Tensor]]) -> List[List[_Tensor]]:
+    """The convolutions without the classifier, which alone has no batch norm."""
+    return [layer for layer in layers if len(layer) > 2]
 
 
 def _num_bytes(layers: List[List[_Tensor]]) -> int:
@@ -115,55 +222,162 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> int:
     return length
 
 
-@functools.lru_cache(maxsize=1)
-def _known_sizes() -> Dict[int, List[str]]:
-    sizes: Dict[int, List[str]] = {}
-    for name, build in NETWORKS.items():
-        sizes.setdefault(_num_bytes(_layers(build(device='meta'))), []).append(name)
-    return sizes
-
-
-def _is_classifier(layer: List[_Tensor]) -> bool:
-    return layer[0].key.startswith('head.fc.')
-
-
-def _check_size(path: Path, layers: List[List[_Tensor]], num_bytes: int, allow_partial: bool, classifier: bool) -> int:
-    """Compare the length with what the network needs, and return how many of its convolutions the file holds."""
-    expected = _num_bytes(layers)
-    if num_bytes == expected:
-        return len(layers)
+def _extents(layers: List[List[_Tensor]], tails: Tuple[Tail, ...], num_bytes: int) -> List[_Extent]:
+    """Every way in which so many bytes are the network, the beginning of it, or a detector that begins with it."""
+    found: List[_Extent] = []
+    backbone = _backbone(layers)
+    rest = num_bytes - _num_bytes(backbone)
+    for tail in tails:
+        # The whole detector, of however many classes.
+        per_class = 4 * (tail.count(1) - tail.count(0))
+        num_classes, left = divmod(rest - 4 * tail.count(0), per_class)
+        if num_classes >= 1 and not left:
+            found.append(_Extent(len(backbone), tail, num_classes, len(tail.layers)))
+            continue
+        # Its beginning, as `darknet partial` makes it: behind a convolution that detects, of those that were released.
+        length = 0
+        for held, layer in enumerate(tail.layers[:-1], start=1):
+            length += 4 * layer.count(_COCO_CLASSES)
+            if length == rest:
+                found.append(_Extent(len(backbone), tail, _COCO_CLASSES, held))
+    if found:
+        return found
     held, rest = 0, num_bytes
     while held < len(layers) and rest >= _num_bytes(layers[held:held + 1]):
         rest -= _num_bytes(layers[held:held + 1])
         held += 1
-    is_prefix = 0 < held < len(layers) and not rest
-    if is_prefix and (allow_partial or (not classifier and all(_is_classifier(layer) for layer in layers[held:]))):
-        return held
+    return [_Extent(held)] if held and not rest else []
+
+
+@functools.lru_cache(maxsize=1)
+def _known() -> Dict[str, Tuple[List[List[_Tensor]], Tuple[Tail, ...]]]:
+    models = {name: build(device='meta', num_classes=_IMAGENET_CLASSES) for name, build in NETWORKS.items()}
+    return {name: (_layers(model), _tails(model)) for name, model in models.items()}
+
+
+def _classes(layers: List[List[_Tensor]], num_bytes: int) -> int:
+    """Classes with which a classifier would have so many bytes, 0 if none do."""
+    if len(_backbone(layers)) == len(layers):
+        return 0
+    num_classes, left = divmod(num_bytes - _num_bytes(layers[:-1]), 4 * (layers[-1][-1].shape[-1] + 1))
+    return num_classes if num_classes > 0 and not left else 0
+
+
+def _matches(num_bytes: int) -> List[Tuple[Match, str, _Extent]]:
+    """What so many bytes may be, likelier things alone if there are any: the match, the model to read by, how much."""
+    usual: List[Tuple[Match, str, _Extent]] = []
+    unusual: List[Tuple[Match, str, _Extent]] = []
+    beginnings: List[Tuple[Match, str, _Extent]] = []
+    for name, (layers, tails) in _known().items():
+        num_classes = _classes(layers, num_bytes)
+        if num_classes:
+            match = Match(name, f'a classifier of {num_classes} classes', num_classes)
+            (usual if num_classes == _IMAGENET_CLASSES else unusual).append((match, name, _Extent(len(layers))))
+            continue
+        for extent in _extents(layers, tails, num_bytes):
+            tail = extent.tail
+            if tail is None:
+                if extent.held == len(_backbone(layers)):
+                    content = f'its {extent.held} convolutions, and nothing behind them'
+                    beginnings.append((Match(name, content), name, extent))
+            elif extent.held_behind < len(tail.layers):
+                content = f'its {extent.held} convolutions, and {extent.held_behind} of a detector behind them'
+                usual.append((Match(tail.network, content), name, extent))
+            else:
+                match = Match(tail.network, f'a detector of {extent.num_classes} classes')
+                (usual if extent.num_classes == _COCO_CLASSES else unusual).append((match, name, extent))
+    found = usual or unusual or beginnings
+    return [item for i, item in enumerate(found) if item[0] not in [other[0] for other in found[:i]]]
+
+
+def candidates(path: Path) -> List[Match]:
+    """Find the networks that a file may be of: those of its length in whose order no variance is below zero.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The networks, more than one where they differ in nothing that the file tells.
+
+    Raises:
+        CheckpointError: If the file is none of Darknet's, or damaged.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open('rb') as file:
+            header = _read_header(path, file, size)
+            matches = _matches(size - header)
+            if len(matches) > 1:
+                matches = [
+                    item for item in matches if not _impossible(file, header, _known()[item[1]][0], item[2])
+                ] or matches
+    except OSError as error:
+        raise CheckpointError(f'{path}: cannot be read ({error.strerror or error}).') from error
+    return [match[0] for match in matches]
+
+
+def _impossible(file: BinaryIO, header: int, layers: List[List[_Tensor]], extent: _Extent) -> int:
+    """How many variances behind the backbone would be below zero, or no number, in a network's order."""
+    offset, negative = header + _num_bytes(layers[:extent.held]), 0
+    for behind in extent.tail.layers[:extent.held_behind] if extent.tail is not None else ():
+        if isinstance(behind, FileConv):
+            file.seek(offset + 4 * 3 * behind.out_chs)
+            negative += int((~(np.fromfile(file, dtype='<f4', count=behind.out_chs) >= 0)).sum())
+        offset += 4 * behind.count(extent.num_classes)
+    return negative
+
+
+def _check_size(
+        path: Path,
+        layers: List[List[_Tensor]],
+        tails: Tuple[Tail, ...],
+        num_bytes: int,
+        allow_partial: bool,
+        classifier: bool,
+) -> List[_Extent]:
+    """Compare the length with what the network needs, and return how much of it the file may hold."""
+    expected = _num_bytes(layers)
+    extents = _extents(layers, tails, num_bytes)
+    if classifier and extents and extents[0].tail is not None and len(_backbone(layers)) < len(layers):
+        if allow_partial:
+            return extents
+        raise CheckpointError(
+            f'{path}: holds {_describe(extents[0])}, and no classifier: num_classes=0 or features_only=True needs '
+            'none, and pretrained_strict=False leaves it as it is.'
+        )
+    needed = len(layers) if classifier else len(_backbone(layers))
+    complete = [extent for extent in extents if extent.held >= needed]
+    if complete or (extents and allow_partial):
+        return complete or extents
 
     message = (
         f'{path}: holds {num_bytes} bytes of weights where this network has {expected}, '
         f'{abs(num_bytes - expected)} too {"few" if num_bytes < expected else "many"}.'
     )
-    names = _known_sizes().get(num_bytes)
-    if names:
-        message += f' Of this length is {" or ".join(names)}.'
-    elif is_prefix:
+    classes = _classes(layers, num_bytes)
+    whole = [match for match, _, extent in _matches(num_bytes) if extent.tail is not None or match.num_classes]
+    if tails and num_bytes > expected:
+        lengths = ' or '.join(f'{expected + 4 * tail.count(_COCO_CLASSES)}' for tail in tails)
         message += (
-            f' It ends behind convolution {held} of {len(layers)}, as the files of `darknet partial` do: '
+            f' Nor is it a detector with this backbone: of {_COCO_CLASSES} classes that has {lengths}, and with no '
+            'other number of classes it has this length.'
+        )
+    if whole and (not classes or any(match.num_classes == _IMAGENET_CLASSES for match in whole)):
+        message += f' Of this length is {" or ".join(dict.fromkeys(match.network for match in whole))}.'
+    elif extents:
+        message += (
+            f' It ends behind convolution {extents[0].held} of {len(layers)}, as the files of `darknet partial` do: '
             'pretrained_strict=False loads these and leaves the others as they are.'
         )
-        if all(_is_classifier(layer) for layer in layers[held:]):
+        if extents[0].held == len(_backbone(layers)):
             message += ' The classifier alone is missing: num_classes=0 or features_only=True needs none.'
-    else:
-        features = layers[-1][-1].shape[-1]
-        classes, left = divmod(num_bytes - _num_bytes(layers[:-1]), 4 * (features + 1))
-        if classes > 0 and not left:
-            message += (
-                f' It would fit with {classes} classes: '
-                f'pass pretrained_cfg_overlay=dict(file=…, num_classes={classes}).'
-            )
-        elif num_bytes < expected:
-            message += f' It ends within convolution {held + 1} of {len(layers)}: is it truncated?'
+    elif classes:
+        message += (
+            f' It would fit with {classes} classes: pass pretrained_cfg_overlay=dict(file=…, num_classes={classes}).'
+        )
+    elif num_bytes < expected:
+        held = sum(num_bytes >= _num_bytes(layers[:i + 1]) for i in range(len(layers)))
+        message += f' It ends within convolution {held + 1} of {len(layers)}: is it truncated?'
     raise CheckpointError(message)
 
 
@@ -197,19 +411,72 @@ def _read(path: Path, model: nn.Module, allow_partial: bool, classifier: bool) -
                     f'{path}: holds batch norms, and this network has no {min(absent)}: '
                     'norm_layer must be a batch norm.'
                 )
-            held = _check_size(path, layers, size - header, allow_partial, classifier)
+            extents = _check_size(path, layers, _tails(model), size - header, allow_partial, classifier)
+            extent = _choose_order(path, file, header, layers, extents)
+            file.seek(header)
             state_dict = {
-                tensor.key: _read_tensor(path, file, tensor) for layer in layers[:held] for tensor in layer}
+                tensor.key: _read_tensor(path, file, tensor) for layer in layers[:extent.held] for tensor in layer}
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror or error}).') from error
-    if any(classifier or not _is_classifier(layer) for layer in layers[held:]):
-        _logger.warning(
-            f'{path} holds the first {held} of {len(layers)} convolutions. Not in it, and left as they are: '
-            f'{", ".join(tensor.key for layer in layers[held:] for tensor in layer[-1:])}.'
+    if extent.tail is not None:
+        _logger.info(
+            f'{path} holds {_describe(extent)}. {extent.held} convolutions are the backbone\'s; '
+            f'{extent.held_behind} behind them, of neck and head, were left out.'
         )
-    if held == len(layers):
+        _convert_eps(path, state_dict, model, extent.tail.bn_eps)
+    elif extent.held < (len(layers) if classifier else len(_backbone(layers))):
+        _logger.warning(
+            f'{path} holds the first {extent.held} of {len(layers)} convolutions. Not in it, and left as they are: '
+            f'{", ".join(tensor.key for layer in layers[extent.held:] for tensor in layer[-1:])}.'
+        )
+    elif extent.held == len(layers) > len(_backbone(layers)):
         _sort_classes(state_dict, layers[-1])
+    layout: Any = model.file_layout
+    if layout.arrange is not None:
+        layout.arrange(state_dict)
     return state_dict
+
+
+def _describe(extent: _Extent) -> str:
+    if extent.tail is None or extent.held_behind < len(extent.tail.layers):
+        return 'the beginning of a detector'
+    return f'a detector of {extent.num_classes} classes'
+
+
+def _choose_order(
+        path: Path,
+        file: BinaryIO,
+        header: int,
+        layers: List[List[_Tensor]],
+        extents: List[_Extent],
+) -> _Extent:
+    """Of the files of this length, the one in whose order nothing behind the backbone is impossible."""
+    if all(extent.tail is None for extent in extents):
+        return extents[0]
+    for extent in extents:
+        if not _impossible(file, header, layers, extent):
+            return extent
+    others = dict.fromkeys(match.network for match in candidates(path))
+    raise CheckpointError(
+        f'{path}: is as long as {_describe(extents[0])} with this backbone, but in its order would have variances '
+        'below zero or that are no numbers: these are weights of another network, or damaged. Of this length is '
+        f'{" or ".join(others)}.'
+    )
+
+
+def _convert_eps(path: Path, state_dict: Dict[str, torch.Tensor], model: nn.Module, eps: float) -> None:
+    """Make variances such that the network's epsilon gives what the file's gave, in place: both are only ever added."""
+    for key in [key for key in state_dict if key.endswith('.running_var')]:
+        own = getattr(model.get_submodule(key.rpartition('.')[0]), 'eps', eps)
+        if own == eps:
+            continue
+        moved = (state_dict[key].double() + (eps - own)).float()
+        if bool((moved < 0).any()):
+            raise CheckpointError(
+                f'{path}: its batch norms have eps {eps:g}, and variances of {key} are too small to be converted to '
+                f'this network\'s eps {own:g}: pass bn_eps={eps:g}.'
+            )
+        state_dict[key] = moved
 
 
 def _sort_classes(state_dict: Dict[str, torch.Tensor], classifier: List[_Tensor]) -> None:
@@ -225,7 +492,10 @@ def read(
         allow_partial: bool = False,
         classifier: bool = True,
 ) -> Dict[str, torch.Tensor]:
-    """Read a file, which may be one of ``darknet partial``: ``csdarknet53-omega.conv.105`` is a published backbone.
+    """Read a file: of the network, of a detector that begins with it, or one of ``darknet partial``.
+
+    ``csdarknet53-omega.conv.105`` is a published backbone. What a detector's file holds behind it is left out, and how
+    much that is logged.
 
     Args:
         path: The file.

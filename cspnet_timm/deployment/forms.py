@@ -61,8 +61,8 @@ def join_partitions(model: nn.Module) -> Optional[nn.Module]:
         The network with joint partitions, or None if no stage has two convolutions with the same activation.
     """
 
-    def change(stage: nn.Module) -> Optional[nn.Module]:
-        if not isinstance(stage, (ComposedStage, RewrittenStage)):
+    def change(stage: Any) -> Optional[nn.Module]:
+        if not _is_stage(stage):
             return None
         entry, bypass = (_pointwise(branch) for branch in _branches(stage))
         if entry is None or bypass is None or repr(entry[1]) != repr(bypass[1]):
@@ -83,7 +83,7 @@ def split_merges(model: nn.Module) -> Optional[nn.Module]:
     """
 
     def change(stage: Any) -> Optional[nn.Module]:
-        if not isinstance(stage, (ComposedStage, RewrittenStage)):
+        if not _is_stage(stage):
             return None
         merge = _pointwise(stage.merge.merge if isinstance(stage.merge, CatMerge) else stage.merge)
         if isinstance(stage, RewrittenStage) and isinstance(stage.partition, JointPartition):
@@ -278,6 +278,11 @@ class RewrittenStage(nn.Module):
         """Partition, transform, merge."""
         y, x = self.partition(x)
         return self.merge(self.transition(self.blocks(y)), x)
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether it is a stage whose forward the forms can write anew, which concatenate [blocks, bypass]."""
+    return isinstance(module, RewrittenStage) or (isinstance(module, ComposedStage) and not module.bypass_first)
 
 
 def _branches(stage: Any) -> Tuple[nn.Module, nn.Module]:

@@ -1,22 +1,30 @@
-"""What the networks trained in Darknet have in common: activation, batch norm, file order and preprocessing."""
+"""What the networks trained in Darknet have in common: activation, batch norm, files and preprocessing."""
 import functools
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 
 from ..backbone import BackboneCfg, CspBackbone, Level
+from ..checkpoints import darknet
+from ..checkpoints.darknet import DetectionConv, FileConv, Layout, Tail
 from ..cross_stage import ComposedStage
 from ..layers import ActLayer, ConvNormAct
 from ._builder import IN1K, License, build_backbone, default_cfg
-from ._weights import CLASSIFICATION, Source, by_hand
+from ._weights import CLASSIFICATION, DETECTION, Source, by_hand, web
 
-__all__ = ['LEAKY', 'PJREDDIE', 'WONGKINYIU', 'build_darknet', 'darknet_cfg', 'drive']
+__all__ = ['ALEXEYAB', 'LEAKY', 'PJREDDIE', 'WONGKINYIU', 'backbone_order', 'build_darknet', 'darknet_cfg',
+           'detector_cfg', 'drive', 'file_order', 'register_darknet', 'spp_pan_tail', 'yolov4_cfg']
 
 LEAKY = functools.partial(nn.LeakyReLU, negative_slope=0.1)
 
 PJREDDIE = License(
     'other', 'LICENSE of pjreddie/darknet, public domain in style; none is stated for the file',
     'https://github.com/pjreddie/darknet/blob/master/LICENSE', name='darknet',
+)
+ALEXEYAB = License(
+    'other', 'LICENSE of AlexeyAB/darknet, public domain; of the weights a maintainer, 2024: "Everything that is in '
+    'this repo is under YOLO license if not explicitly said"',
+    'https://github.com/AlexeyAB/darknet/issues/8881', name='darknet',
 )
 WONGKINYIU = License(
     'unknown', 'nobody: the repository has no licence file',
@@ -47,11 +55,55 @@ def file_order(model: nn.Module) -> List[str]:
     return list(_file_order(model))
 
 
+def backbone_order(model: nn.Module) -> List[str]:
+    """As :func:`file_order`, of a detector's backbone, which has no classifier in any file."""
+    return [name for name in file_order(model) if not name.startswith('head.')]
+
+
+def _five(in_chs: int, chs: int) -> List[FileConv]:
+    return [FileConv(in_chs, chs), *[FileConv(chs, 2 * chs, 3), FileConv(2 * chs, chs)] * 2]
+
+
+def spp_pan_tail(network: str, chs: Tuple[int, int, int]) -> Tail:
+    """What follows the backbone in the files of YOLOv4 and its like: an SPP, a pyramid of plain convolutions, heads.
+
+    Args:
+        network: Name of the model that the files are for.
+        chs: Channels of the backbone's maps at the strides 8, 16 and 32.
+
+    Returns:
+        The tail, each head behind its level.
+    """
+    c8, c16, c32 = chs
+    layers: List[Union[FileConv, DetectionConv]] = [
+        FileConv(c32, 512), FileConv(512, 1024, 3), FileConv(1024, 512),
+        FileConv(2048, 512), FileConv(512, 1024, 3), FileConv(1024, 512),
+    ]
+    for lateral_chs, h in ((c16, 256), (c8, 128)):
+        layers += [FileConv(2 * h, h), FileConv(lateral_chs, h), *_five(2 * h, h)]
+    for h in (128, 256, 512):
+        if h > 128:
+            layers += [FileConv(h // 2, h, 3), *_five(2 * h, h)]
+        layers += [FileConv(h, 2 * h, 3), DetectionConv(2 * h, 3)]
+    return Tail(network, tuple(layers))
+
+
+def register_darknet(*builders: Callable[..., nn.Module]) -> None:
+    """Announce networks that Darknet's files are for, so that a file is recognised by its length.
+
+    Args:
+        builders: Their entrypoints.
+    """
+    darknet.NETWORKS.update({builder.__name__: builder for builder in builders})
+
+
 def build_darknet(
         variant: str,
         pretrained: bool,
         levels: Tuple[Level, ...],
         cfg_act: ActLayer = LEAKY,
+        cfg_eps: float = 1e-6,
+        layout: Optional[Layout] = None,
         **kwargs: Any,
 ) -> CspBackbone:
     """Build a network whose weights were trained in Darknet.
@@ -61,14 +113,64 @@ def build_darknet(
         pretrained: Load the weights of the pretrained config.
         levels: The stem and the layers behind it.
         cfg_act: Activation of the cfg.
+        cfg_eps: What Darknet adds to the variances. `darknet classifier valid` of the paper's time folded the batch
+            norms with sqrt(var + 1e-6), and what it printed is what is published; since February 2020 it is 1e-5.
+        layout: How files list the network; by default as a classifier.
         **kwargs: What ``timm.create_model`` passes on.
 
     Returns:
         The model.
     """
-    # `darknet classifier valid` folds the batch norms with sqrt(var + 1e-6), and what it printed is what is published.
-    cfg = BackboneCfg(levels=levels, act_layer=cfg_act, bn_eps=1e-6, bn_momentum=0.01, file_order=file_order)
+    cfg = BackboneCfg(
+        levels=levels, act_layer=cfg_act, bn_eps=cfg_eps, bn_momentum=0.01, file_layout=layout or Layout(file_order))
     return build_backbone(variant, pretrained, cfg, **kwargs)
+
+
+def detector_cfg(
+        sources: Sequence[Source],
+        letterbox: bool,
+        size: int,
+        stride: int = 32,
+        license: License = ALEXEYAB,
+        **kwargs: Any,
+) -> Dict[str, Any]:
+    """Config of a detector's ``.weights`` file, trained on COCO: RGB between 0 and 1 as it is.
+
+    Args:
+        sources: Where to get the file.
+        letterbox: Whether Darknet keeps the images' proportions for this network, or stretches them.
+        size: Side of the input that the figures hold for.
+        stride: The network's last.
+        license: Their licence.
+        **kwargs: Published figures of the whole detector, ``ap`` and ``ap50``, and further entries of timm's config.
+
+    Returns:
+        The config.
+    """
+    metrics: Dict[str, float] = {name: kwargs.pop(name) for name in ('ap', 'ap50') if name in kwargs}
+    metrics['size'] = size
+    return default_cfg(**{
+        'sources': sources, 'license': license, 'num_classes': 0,
+        'input_size': (3, size, size), 'pool_size': (size // stride, size // stride),
+        'crop_pct': 1.0, 'crop_mode': 'border' if letterbox else 'squash', 'interpolation': 'bilinear',
+        'mean': (0., 0., 0.), 'std': (1., 1., 1.), 'first_conv': 'stem.conv1.conv',
+        'info': dict(
+            data='COCO',
+            task=DETECTION,
+            source='Alexey Bochkovskiy, https://github.com/AlexeyAB/darknet',
+            metrics=metrics,
+            metrics_source='https://github.com/AlexeyAB/darknet, README.md, for the whole detector',
+        ),
+        **kwargs,
+    })
+
+
+def yolov4_cfg() -> Dict[str, Any]:
+    """Config of YOLOv4's own file, which two models take."""
+    url = 'https://github.com/AlexeyAB/darknet/releases/download/darknet_yolo_v3_optimal/yolov4.weights'
+    return detector_cfg(
+        [web(url, size=257_717_640)], letterbox=False, size=608, ap=43.5, ap50=65.7,
+        paper_ids='arXiv:2004.10934', paper_name='YOLOv4: Optimal Speed and Accuracy of Object Detection')
 
 
 def drive(file_id: str, filename: str) -> Source:

@@ -13,11 +13,10 @@ import torch.nn as nn
 
 from ..backbone import CspBackbone, Level, LevelArgs
 from ..blocks import InvertedResidual
-from ..checkpoints import darknet
 from ..cross_stage import ComposedStage
 from ..layers import ConvNormAct
 from ._builder import by_hand, describe_weights, register_model
-from ._darknet import build_darknet, darknet_cfg, drive
+from ._darknet import build_darknet, darknet_cfg, drive, register_darknet
 
 __all__: List[str] = []
 
@@ -118,4 +117,4 @@ def cspnet_plain_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> CspBack
     return build_darknet('cspnet_plain_mobilenetv2', pretrained, _plain_levels(), cfg_act=nn.ReLU, **kwargs)
 
 
-darknet.NETWORKS.update({fn.__name__: fn for fn in (cspnet_mobilenetv2, cspnet_plain_mobilenetv2)})
+register_darknet(cspnet_mobilenetv2, cspnet_plain_mobilenetv2)

@@ -16,11 +16,20 @@ import torch.nn as nn
 
 from ..backbone import CspBackbone, Level, LevelArgs
 from ..blocks import BottleneckBlock, DarkBlock, ElasticBlock
-from ..checkpoints import darknet
+from ..checkpoints.darknet import Layout
 from ..cross_stage import ComposedStage, CrossStage
-from ..layers import ConvNormAct
-from ._builder import describe_weights, register_model
-from ._darknet import build_darknet, darknet_cfg, drive
+from ..layers import ConvNormAct, down_pool
+from ._builder import by_hand, describe_weights, register_model
+from ._darknet import (
+    build_darknet,
+    darknet_cfg,
+    detector_cfg,
+    drive,
+    file_order,
+    register_darknet,
+    spp_pan_tail,
+    yolov4_cfg,
+)
 
 __all__: List[str] = []
 
@@ -61,7 +70,7 @@ def _res_layer(
 ) -> nn.Module:
     act_layer = args.layers['act_layer']
     kwargs = {**args.layers, 'act_layer': None if linear else act_layer}
-    down = nn.MaxPool2d(2, args.stride, ceil_mode=True) if first else ConvNormAct(
+    down = down_pool(args.stride, args.first_dilation) if first else ConvNormAct(
         in_chs, in_chs, 3, stride=args.stride, dilation=args.first_dilation, groups=groups, **args.layers)
     return nn.Sequential(OrderedDict(
         down=down,
@@ -142,6 +151,8 @@ def _resnext(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
 
 _dark_cfg = partial(darknet_cfg, first_conv='stem.conv1.conv')
 
+# The tags coco are of detectors, whose batch norms Darknet computes with another epsilon: the variances are converted
+# when they load. The default, *, stands behind the tag that timm can download and would make the default otherwise.
 default_cfgs = describe_weights({
     'cspnet_resnet50.in1k': darknet_cfg(
         [drive('1pNU6DctLlf3mnJI-opZL6kCx_hSNsEKj', 'csresnet50_final.weights')], 76.6, 93.3),
@@ -163,10 +174,15 @@ default_cfgs = describe_weights({
         [drive('1dZJIxngmFpQJvsa6y7XADfSxkXCjJTzp', 'csdarknet53_final.weights')], 77.2, 93.6),
     'cspnet_darknet53.gamma_in1k': _dark_cfg(
         [drive('1AaOqYpoyZWRre3i64VU6zOMGomek64Qa', 'csdarknet53-gamma_final.weights')], 77.8, 94.4),
-    'cspnet_darknet53_mish.omega_in1k': _dark_cfg(
+    'cspnet_darknet53_mish.coco': yolov4_cfg(),
+    'cspnet_darknet53_mish.omega_in1k*': _dark_cfg(
         [drive('1TfEaUO69MhkHJSDUf5Gc2ENK1BA8Qu1B', 'csdarknet53-omega_final.weights')], 78.7, 94.8),
     'cspnet_darknet53_elastic.in1k': _dark_cfg(
         [drive('1XlHOBSvLHj1iCCBTgbwauekN_Kf6N-Qa', 'csdarknet53-elastic_final.weights')], 76.1, 93.3),
+    'cspnet_resnext50.coco': detector_cfg(
+        [by_hand('https://github.com/AlexeyAB/darknet',
+                 filename='csresnext50-panet-spp-original-optimal_final.weights')],
+        letterbox=False, size=608, ap=43.2, ap50=65.4, first_conv='stem.conv'),
 })
 
 
@@ -193,7 +209,8 @@ def cspnet_resnet50_elastic(pretrained: bool = False, **kwargs: Any) -> CspBackb
 @register_model
 def cspnet_resnext50(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """CSPResNeXt-50: 32 groups and no bottleneck, since half the channels enter the blocks."""
-    return _resnext('cspnet_resnext50', pretrained, **kwargs)
+    layout = Layout(file_order, tails=(spp_pan_tail('cspnet_resnext50', (512, 1024, 2048)),))
+    return _resnext('cspnet_resnext50', pretrained, layout=layout, **kwargs)
 
 
 @register_model
@@ -219,7 +236,9 @@ def cspnet_darknet53(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
 @register_model
 def cspnet_darknet53_mish(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """CSPDarknet-53 with Mish, the "omega" network."""
-    return build_darknet('cspnet_darknet53_mish', pretrained, _dark_levels(), cfg_act=nn.Mish, **kwargs)
+    layout = Layout(file_order, tails=(spp_pan_tail('cspnet_yolov4', (256, 512, 1024)),))
+    return build_darknet(
+        'cspnet_darknet53_mish', pretrained, _dark_levels(), cfg_act=nn.Mish, layout=layout, **kwargs)
 
 
 @register_model
@@ -228,8 +247,8 @@ def cspnet_darknet53_elastic(pretrained: bool = False, **kwargs: Any) -> CspBack
     return build_darknet('cspnet_darknet53_elastic', pretrained, _dark_levels(elastic=True), **kwargs)
 
 
-darknet.NETWORKS.update({fn.__name__: fn for fn in (
+register_darknet(
     cspnet_resnet50, cspnet_resnet50_mish, cspnet_resnet50_elastic,
     cspnet_resnext50, cspnet_resnext50_mish, cspnet_resnext50_elastic,
     cspnet_darknet53, cspnet_darknet53_mish, cspnet_darknet53_elastic,
-)})
+)

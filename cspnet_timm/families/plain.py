@@ -16,10 +16,9 @@ import torch.nn as nn
 
 from ..backbone import CspBackbone, Level, LevelArgs
 from ..blocks import BottleneckBlock, DarkBlock
-from ..checkpoints import darknet
-from ..layers import ConvNormAct
+from ..layers import ConvNormAct, down_pool
 from ._builder import describe_weights, register_model, web
-from ._darknet import PJREDDIE, build_darknet, darknet_cfg
+from ._darknet import PJREDDIE, build_darknet, darknet_cfg, register_darknet
 
 __all__: List[str] = []
 
@@ -47,7 +46,7 @@ def _res_layer(
             out_chs, out_chs, bottle_ratio=bottle_ratio, groups=groups, **args.block_kwargs(i)))
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if first:
-        layers['pool'] = nn.MaxPool2d(2, args.stride, ceil_mode=True)
+        layers['pool'] = down_pool(args.stride, args.first_dilation)
     layers['blocks'] = nn.Sequential(*blocks)
     return nn.Sequential(layers)
 
@@ -115,5 +114,4 @@ def cspnet_plain_darknet53(pretrained: bool = False, **kwargs: Any) -> CspBackbo
     return build_darknet('cspnet_plain_darknet53', pretrained, _dark_levels(), **kwargs)
 
 
-darknet.NETWORKS.update(
-    {fn.__name__: fn for fn in (cspnet_plain_resnet50, cspnet_plain_resnext50, cspnet_plain_darknet53)})
+register_darknet(cspnet_plain_resnet50, cspnet_plain_resnext50, cspnet_plain_darknet53)
