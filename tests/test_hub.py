@@ -367,7 +367,7 @@ def test_released_weights_are_checked_too(client, hub, repo, tmp_path):
         'model.safetensors': (tmp_path / 'source' / 'model.safetensors').read_bytes()})
     hub.faults['download_damaged_values'] = 1
     error, message = client.error(push_pretrained, repo, tmp_path / 'cache')
-    assert error == 'RuntimeError' and 'weights received are damaged' in message and repo not in hub.repos
+    assert error == 'DownloadError' and 'SHA-256' in message and repo not in hub.repos
     client(push_pretrained, repo, tmp_path / 'cache')
 
 
