@@ -5,8 +5,9 @@ changing a model. It counts the networks that are new or whose tensors have chan
 that no tensor shows, of a stride for instance, takes ``--recount``.
 
 A table stands in a page between ``<!-- KIND: PATTERN … -->`` and ``<!-- end -->``. The kind is ``sizes``, ``weights``,
-``choice``, ``inputs``, ``licenses`` or ``tags``; the patterns name models as ``timm.list_models`` takes them, those
-behind ``-`` are left out. ``docs/weights.csv`` has a row for each tag, with all that is known of it.
+``choice``, ``inputs``, ``licenses``, ``tags`` or ``necks``; the patterns name models as ``timm.list_models`` takes
+them, those behind ``-`` are left out. Networks with a neck are in the tables of necks alone. ``docs/weights.csv`` has a
+row for each tag of the others, with all that is known of it.
 
     python benchmarks/tables.py            # rewrites the table of sizes and every page in docs/ that is out of date
     python benchmarks/tables.py --recount  # as well, after counting every network again
@@ -34,20 +35,22 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'cspnet_timm' / 'data' / 'models.csv'
 WEIGHTS_CSV = ROOT / 'docs' / 'weights.csv'
 TABLE: Dict[str, ModelSize] = dict(model_sizes()) if DATA.exists() else {}
-BLOCK = re.compile(r'(<!-- (sizes|weights|choice|inputs|licenses|tags): (.*?) -->\n).*?(<!-- end -->)', re.DOTALL)
+BLOCK = re.compile(
+    r'(<!-- (sizes|weights|choice|inputs|licenses|tags|necks): (.*?) -->\n).*?(<!-- end -->)', re.DOTALL)
 SIZES = {size: index for index, size in enumerate(
     ('nano', 'n', 'tiny', 't', 'small', 's', 'medium', 'm', 'large', 'l', 'xlarge', 'x'))}
 
 
-def _models(patterns: str) -> List[str]:
+def _models(patterns: str, necks: bool = False) -> List[str]:
     words = patterns.split()
-    return timm.list_models(
+    names = timm.list_models(
         [w for w in words if not w.startswith('-')], exclude_filters=[w[1:] for w in words if w.startswith('-')])
+    return [name for name in names if name.endswith('_pan') == necks]
 
 
 def _by_size(name: str) -> Tuple[str, int]:
     """Order by family and form first, then from the smallest to the largest."""
-    stem, form = (name[:-4], '_cls') if name.endswith('_cls') else (name, '')
+    stem, form = (name[:-4], name[-4:]) if name.endswith(('_cls', '_pan')) else (name, '')
     match = re.fullmatch(r'(.*?)_?(nano|tiny|small|medium|xlarge|large|(?<=[\d_])[ntsmlx])', stem)
     return (match[1] + form, SIZES[match[2]]) if match else (name, 0)
 
@@ -205,7 +208,7 @@ def weights_csv() -> str:
     """All that is known of every set of weights, as comma-separated values."""
     from cspnet_timm.families import WEIGHTS
 
-    names = _tagged(timm.list_models('cspnet_*'))
+    names = _tagged(_models('cspnet_*'))
     metrics = list(dict.fromkeys(key for name in names for key in WEIGHTS[name].metrics if key != 'size'))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
@@ -223,8 +226,27 @@ def weights_csv() -> str:
     return text.getvalue()
 
 
+def _necks(names: List[str]) -> str:
+    from cspnet_timm.families import WEIGHTS
+
+    rows = []
+    for name in sorted(names, key=_by_size):
+        size, plain = _size(name), _size(name.removesuffix('_pan'))
+        infos = [info for tag, info in WEIGHTS.items() if tag.partition('.')[0] == name]
+        channels = [c for c, reduction in zip(size.channels, size.reductions) if reduction >= 8]
+        rows.append((
+            f'`{name}`', ', '.join(map(str, channels)),
+            f'{(size.backbone_parameters - plain.backbone_parameters) / 1e6:.2f} M',
+            f'{(size.macs_640 - plain.macs_640) / 1e9:.2f}', f'{size.backbone_parameters / 1e6:.2f} M',
+            f'{size.macs_640 / 1e9:.1f}', _best(infos, 'ap'), ', '.join(sorted({info.license for info in infos}))))
+    return _table(
+        ('model', 'channels from stride 8', 'parameters of the neck', 'its GMACs at 640', 'parameters of both',
+         'GMACs of both', 'AP of the detector', 'licence of the weights'), rows)
+
+
 _MAKERS: Dict[str, Callable[[List[str]], str]] = {
-    'sizes': _sizes, 'weights': _weights, 'choice': _choice, 'inputs': _inputs, 'licenses': _licenses, 'tags': _tags}
+    'sizes': _sizes, 'weights': _weights, 'choice': _choice, 'inputs': _inputs, 'licenses': _licenses, 'tags': _tags,
+    'necks': _necks}
 
 
 def render(text: str) -> str:
@@ -236,7 +258,8 @@ def render(text: str) -> str:
     Returns:
         The page with every table as the registered models have it.
     """
-    return BLOCK.sub(lambda m: f'{m[1]}{_MAKERS[m[2]](_models(m[3]))}{m[4]}', text)
+    return BLOCK.sub(
+        lambda m: f'{m[1]}{_MAKERS[m[2]](_models(m[3], necks=m[2] == "necks"))}{m[4]}', text)
 
 
 def main() -> int:

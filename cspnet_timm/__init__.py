@@ -10,22 +10,28 @@ from .autoload import register
 
 if TYPE_CHECKING:
     from . import hub
-    from .backbone import BackboneCfg, CspBackbone, Level, LevelArgs
+    from .backbone import BackboneCfg, CspBackbone, Level, LevelArgs, Neck
     from .cross_stage import ComposedStage, CrossStage
     from .deployment import deploy
+    from .neck import BottomUp, PathAggregation, TopDown
 
 __version__ = '0.1.0'
 __all__ = [
-    'BackboneCfg', 'ComposedStage', 'CrossStage', 'CspBackbone', 'Level', 'LevelArgs', 'deploy', 'hub', 'register',
+    'BackboneCfg', 'BottomUp', 'ComposedStage', 'CrossStage', 'CspBackbone', 'Level', 'LevelArgs', 'Neck',
+    'PathAggregation', 'TopDown', 'deploy', 'hub', 'register',
 ]
 
 _PUBLIC = {
     'BackboneCfg': 'backbone',
+    'BottomUp': 'neck',
     'ComposedStage': 'cross_stage',
     'CrossStage': 'cross_stage',
     'CspBackbone': 'backbone',
     'Level': 'backbone',
     'LevelArgs': 'backbone',
+    'Neck': 'backbone',
+    'PathAggregation': 'neck',
+    'TopDown': 'neck',
     'deploy': 'deployment',
 }
 _MODULES = ('hub',)

@@ -7,14 +7,14 @@ import functools
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropBlock2d, calculate_drop_path_rates, get_device_dtype
 from timm.models import checkpoint, named_apply
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch.overrides import TorchFunctionMode
 
 from .cross_stage import ComposedStage
@@ -22,7 +22,8 @@ from .fitting import fit, tell_left_out
 from .layers import ActLayer, NormLayer, bind_norm_layer
 from .naming import StateDict
 
-__all__ = ['BackboneCfg', 'CspBackbone', 'Level', 'LevelArgs', 'StateDict']
+__all__ = ['BackboneCfg', 'CspBackbone', 'Level', 'LevelArgs', 'Neck', 'PyramidFeatures', 'PyramidFeaturesDict',
+           'StateDict']
 
 OUTPUT_STRIDES = (8, 16, 32)  # and a network's own, where it goes further
 MAX_LEVELS = 6
@@ -36,7 +37,7 @@ class LevelArgs:
         stride: Stride that the level applies, 1 if ``output_stride`` has replaced it by dilation.
         first_dilation: Dilation of the convolution that would stride.
         dilation: Dilation of every other convolution.
-        drop_path: Drop path rate of each residual block.
+        drop_path: Drop path rate of each residual block, none if empty.
         drop_block: Creates the level's DropBlock, None if there is none.
         layers: ``act_layer``, ``norm_layer``, ``device`` and ``dtype``, for every layer to be created with.
         act_replaced: Whether ``act_layer`` is the caller's and not the network's.
@@ -66,8 +67,8 @@ class LevelArgs:
 
     def block_kwargs(self, index: int) -> Dict[str, Any]:
         """Arguments of the level's block number ``index``: dilation, drop path, DropBlock and the layers' own."""
-        return dict(
-            dilation=self.dilation, drop_path=self.drop_path[index], drop_block=self.drop_block, **self.layers)
+        drop_path = self.drop_path[index] if self.drop_path else 0.
+        return dict(dilation=self.dilation, drop_path=drop_path, drop_block=self.drop_block, **self.layers)
 
 
 class _DropPathRates(Tuple[float, ...]):
@@ -109,11 +110,28 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Neck:
+    """The pyramid behind a backbone's last levels.
+
+    Attributes:
+        build: Called with the channels of the levels that it reads, the finest first, and a :class:`LevelArgs`, returns
+            a module such as :class:`~cspnet_timm.neck.PathAggregation`.
+        out_chs: Channels of its maps, the finest first, one for each level that it reads.
+        act_layer: Activation, the backbone's if None.
+    """
+
+    build: Callable[[List[int], LevelArgs], nn.Module]
+    out_chs: Tuple[int, ...]
+    act_layer: ActLayer = None
+
+
+@dataclass(frozen=True)
 class BackboneCfg:
     """A network as numbers and builders.
 
     Attributes:
         levels: The stem and the layers behind it.
+        neck: What stands behind the last levels and gives their maps; none if None.
         act_layer: Activation.
         norm_layer: Normalisation.
         bn_eps: Epsilon that the released weights were trained with; no state dict carries it.
@@ -132,6 +150,7 @@ class BackboneCfg:
     head: Optional[Callable[..., nn.Module]] = None
     convert: Optional[Callable[[StateDict, nn.Module], StateDict]] = field(default=None, compare=False)
     file_layout: Optional[Any] = field(default=None, compare=False)
+    neck: Optional[Neck] = None
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> 'BackboneCfg':
         return self
@@ -149,6 +168,8 @@ class Fitted(Dict[str, torch.Tensor]):
 
 class CspBackbone(nn.Module):
     """A cross stage partial network: classifier, and feature extractor for detection and segmentation.
+
+    With a neck, the maps of the last levels are the neck's, and its coarsest one is what the head reads.
 
     Input ``(B, in_chans, H, W)``. Level i of ``forward_intermediates`` and of ``features_only`` is
     ``(B, feature_info[i]['num_chs'], H / r, W / r)`` with ``r = feature_info[i]['reduction']``; the logits are
@@ -196,8 +217,8 @@ class CspBackbone(nn.Module):
             dtype: Type of the parameters.
 
         Raises:
-            ValueError: If ``output_stride`` is none of 8, 16 and 32, a classifier is asked for without pooling, or a
-                level is not what ``cfg`` says of it.
+            ValueError: If ``output_stride`` is none of 8, 16 and 32, or 8 or 16 with a neck, a classifier is asked for
+                without pooling, or a level is not what ``cfg`` says of it.
         """
         super().__init__()
         full_stride = math.prod(level.stride for level in cfg.levels)
@@ -207,6 +228,11 @@ class CspBackbone(nn.Module):
             *most, last = sorted({*OUTPUT_STRIDES, max(full_stride, 32)})
             raise ValueError(
                 f'output_stride={output_stride} does not exist, choose one of {", ".join(map(str, most))} and {last}.')
+        if cfg.neck is not None and output_stride != full_stride:
+            raise ValueError(
+                f'output_stride={output_stride} cannot be with a neck, each level of which is half the size of the one '
+                'before it: use the network without the neck.'
+            )
         if not 2 <= len(cfg.levels) <= MAX_LEVELS:
             raise ValueError(f'{len(cfg.levels)} levels cannot be built, a backbone has 2 to {MAX_LEVELS}.')
         _check_pooling(num_classes, global_pool)
@@ -251,6 +277,17 @@ class CspBackbone(nn.Module):
             chs = level.out_chs
             reduction *= stride
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=name))
+
+        if cfg.neck is not None:
+            levels = self.feature_info[-len(cfg.neck.out_chs):]
+            args = LevelArgs(
+                1, 1, 1, (), drop_block=None,
+                layers={**layers, 'act_layer': act_layer or cfg.neck.act_layer or cfg.act_layer},
+                act_replaced=act_layer is not None,
+            )
+            self.neck: Any = cfg.neck.build([info['num_chs'] for info in levels], args)
+            for i, (info, chs) in enumerate(zip(levels, cfg.neck.out_chs)):
+                info.update(num_chs=chs, module=f'neck.outputs.{i}')
 
         self.num_features = chs
         head_kwargs: Dict[str, Any] = dict(
@@ -309,11 +346,11 @@ class CspBackbone(nn.Module):
     @torch.jit.ignore
     def levels(self) -> List[nn.Module]:
         """The stem and the layers behind it, those that pruning has left."""
-        names = (info['module'] for info in self.feature_info)
+        names = ('stem', *(f'layer{i}' for i in range(1, len(self.feature_info))))
         return [getattr(self, name) for name in names if hasattr(self, name)]
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Union[Dict[str, str], Callable[[str], Tuple[float, ...]]]:
+    def group_matcher(self, coarse: bool = False) -> Union[Dict[str, Any], Callable[[str], Tuple[float, ...]]]:
         """Patterns that group the parameters for layer-wise decay.
 
         Args:
@@ -323,7 +360,7 @@ class CspBackbone(nn.Module):
             A matcher as timm's ``group_parameters`` takes it.
         """
         if coarse:
-            return dict(stem=r'^stem', blocks=r'^layer(\d+)')
+            return dict(stem=r'^stem', blocks=[(r'^layer(\d+)', None), (r'^neck', (MAX_LEVELS,))])
         # Whatever stands in a level before its blocks is of their first group, what stands behind of their last; a
         # second row of blocks counts on from the first.
         ordinals: Dict[str, Tuple[int, int]] = {}
@@ -338,6 +375,12 @@ class CspBackbone(nn.Module):
                     block = first + int(match[2])
                 module = f'layer{i}' if i else 'stem'
                 ordinals[f'{module}.{name}'] = (i, block)
+        if hasattr(self, 'neck'):
+            # One group for each node of the walks, in the order in which they run.
+            nodes: Dict[str, int] = {}
+            for name, _ in self.neck.named_parameters():
+                node = re.sub(r'(\.\d+)?\..*', r'\1', name)
+                ordinals[f'neck.{name}'] = (MAX_LEVELS, nodes.setdefault(node, len(nodes)))
 
         def group(name: str) -> Tuple[float, ...]:
             ordinal = ordinals.get(name)
@@ -411,10 +454,10 @@ class CspBackbone(nn.Module):
                 if i in take_indices:
                     intermediates.append(x)
         else:
-            levels = self.levels()
-            take_indices, max_index = feature_take_indices(len(levels), indices)
-            for i, level in enumerate(levels[:max_index + 1] if stop_early else levels):
-                x = _checkpointed(level, x) if self.grad_checkpointing else level(x)
+            num_maps = self._num_maps()
+            take_indices, max_index = feature_take_indices(num_maps, indices)
+            maps = self._maps(x, max_index + 1 if stop_early else num_maps)
+            for i, x in enumerate(maps):
                 if i in take_indices:
                     intermediates.append(x)
         if intermediates_only:
@@ -438,11 +481,16 @@ class CspBackbone(nn.Module):
         Returns:
             The levels' indices, counted from the first.
         """
-        num_levels = len(self.levels())
-        take_indices, max_index = feature_take_indices(num_levels, indices)
-        prune_end = max_index < num_levels - 1
-        for info in self.feature_info[max_index + 1:num_levels]:
-            delattr(self, info['module'])
+        num_levels, num_maps, first = len(self.levels()), self._num_maps(), self._first_of_neck()
+        take_indices, max_index = feature_take_indices(num_maps, indices)
+        prune_end = max_index < num_maps - 1
+        if max_index >= first:
+            self.neck.prune([i - first for i in take_indices if i >= first])
+        else:
+            for i in range(max_index + 1, num_levels):
+                delattr(self, f'layer{i}')
+            if hasattr(self, 'neck'):
+                del self.neck
         self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or prune_end:
             # A head with layers of its own would keep them, and they would never get a gradient.
@@ -464,7 +512,36 @@ class CspBackbone(nn.Module):
             outputs.append(self.layer4(outputs[-1]))
         if hasattr(self, 'layer5'):
             outputs.append(self.layer5(outputs[-1]))
+        if hasattr(self, 'neck'):
+            first = len(outputs) - self.neck.num_levels
+            outputs = outputs[:first] + self.neck(outputs[first:])
         return outputs
+
+    @torch.jit.ignore
+    def _first_of_neck(self) -> int:
+        """Index of the first map that the neck gives, the number of the levels if there is none."""
+        num_levels = len(self.levels())
+        return num_levels - self.neck.num_levels if hasattr(self, 'neck') else num_levels
+
+    @torch.jit.ignore
+    def _num_maps(self) -> int:
+        """How many maps there are, of the levels before the neck and of the neck, that pruning has left."""
+        return self._first_of_neck() + len(self.neck.outputs) if hasattr(self, 'neck') else len(self.levels())
+
+    @torch.jit.ignore
+    def _maps(self, x: torch.Tensor, num: int) -> Iterator[torch.Tensor]:
+        """The first maps, one after the other: of the levels before the neck, and of the neck."""
+        levels, first = self.levels(), self._first_of_neck()
+        with_neck = num > first
+        inner: List[torch.Tensor] = []
+        for i, level in enumerate(levels if with_neck else levels[:num]):
+            x = _checkpointed(level, x) if self.grad_checkpointing else level(x)
+            if i < first:
+                yield x
+            else:
+                inner.append(x)
+        if with_neck:
+            yield from self.neck(inner)[:num - first]
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the last level's output.
@@ -477,8 +554,17 @@ class CspBackbone(nn.Module):
         """
         if torch.jit.is_scripting():
             return self._scripted_levels(x)[-1]
-        for level in self.levels():
-            x = _checkpointed(level, x) if self.grad_checkpointing else level(x)
+        maps = self._maps(x, self._num_maps())
+        if not hasattr(self, 'neck'):
+            for y in maps:
+                x = y
+            return x
+        *others, x = maps
+        if self.training:
+            # What gives the other maps alone has no part in this one, but DistributedDataParallel waits for a gradient
+            # of every parameter.
+            for y in self.neck.apart(others[self._first_of_neck():]):
+                x = x + 0. * y.mean()
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -536,6 +622,46 @@ def _check_level(name: str, level: Level, args: LevelArgs, module: nn.Module, x:
             f'what it builds makes {tuple(y.shape)}.'
         )
     return y
+
+
+class PyramidFeatures(FeatureGetterNet):
+    """timm's extractor for networks whose maps come from other places than a row of children: one with a neck.
+
+    As timm's ``FeatureListNet``, it checkpoints, and can be told by ``return_layers`` to give other maps for a while.
+
+    Input ``(B, in_chans, H, W)``, output a list of maps.
+    """
+
+    __jit_unused_properties__ = ['return_layers']
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As :meth:`CspBackbone.set_grad_checkpointing`."""
+        self.model.set_grad_checkpointing(enable)
+
+    @property
+    def return_layers(self) -> Dict[str, str]:
+        """The maps that are given: the names of their modules, and their numbers."""
+        names = [info['module'] for info in self.feature_info.info]
+        return {names[i]: str(i) for i in self._indices()}
+
+    @return_layers.setter
+    def return_layers(self, layers: Dict[str, str]) -> None:
+        names = [info['module'] for info in self.feature_info.info]
+        self.out_indices = tuple(sorted(names.index(name) for name in layers))
+
+    def _indices(self) -> List[int]:
+        indices: Any = self.out_indices
+        return list(indices)
+
+
+class PyramidFeaturesDict(PyramidFeatures):
+    """The same as a dict of maps by their number, as timm's ``FeatureDictNet`` has it."""
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Compute the maps."""
+        maps = self.model.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
+        return {str(index): y for index, y in zip(self._indices(), maps)}
 
 
 def _checkpointed(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

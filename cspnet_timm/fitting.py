@@ -143,6 +143,12 @@ class Fit:
                 'the network without weights, fold its own by model = timm.utils.reparameterize_model(model), and '
                 'model.load_state_dict(…) takes the file\'s.'
             )
+        lacks_neck = self.is_part and all(key.startswith('neck.') for key in self.missing)
+        if self.held and lacks_neck:
+            return (
+                f'holds {" or ".join(self.held)} without the neck of {self.name}: {numbers} Load it into '
+                f'{self.held[0]}, or pass pretrained_strict=False, which leaves the neck as it is initialised.'
+            )
         if self.held or not self.tensors or (not self.is_part and 2 * len(self.tensors) < self.wrong):
             return f'holds {" or ".join(self.held) or "another network"}, not {self.name}: {numbers}'
         if self.is_part:
@@ -377,6 +383,10 @@ def _candidates(native: Native) -> List[str]:
     for form in forms:
         names = names or _by_fingerprint().get(fingerprint(form), [])
     rows = model_sizes()
+    if native.naming is not None and tensors.keys() != backbone.keys():
+        # A neck tells networks apart whose backbones have the same tensors.
+        with_neck = _by_fingerprint().get(fingerprint(tensors), [])
+        names = [name for name in names if f'{name}_pan' in with_neck] or names
     if native.activations:
         told = activations_of(native.activations)
         names = [name for name in names if rows[name].activations == told] or names

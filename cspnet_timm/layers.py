@@ -418,6 +418,8 @@ class RepConv(nn.Module):
 class SpatialPyramidPool(nn.Module):
     """Max pools of 5×5, 9×9 and 13×13 between two 1×1 convolutions, as the detectors end their backbones (SPP, SPPF).
 
+    Inside of a neck's stage, where the channels have been reduced already, the first convolution is missing.
+
     Three 5×5 pools in a row give exactly the maxima of the three sizes, for less.
 
     Paper: `Spatial Pyramid Pooling in Deep Convolutional Networks for Visual Recognition`,
@@ -431,24 +433,28 @@ class SpatialPyramidPool(nn.Module):
             in_chs: int,
             out_chs: int,
             shortcut: bool = False,
+            reduce: bool = True,
             act_layer: ActLayer = nn.SiLU,
             entry_act_layer: ActLayer = None,
             **layer_kwargs: Any,
     ) -> None:
         """
         Args:
-            in_chs: Input channels; half as many are pooled.
+            in_chs: Input channels; half as many are pooled, unless nothing is reduced.
             out_chs: Output channels, equal to ``in_chs`` if there is a shortcut.
             shortcut: Add the input.
+            reduce: Halve the channels before the pools.
             act_layer: Activation of the last convolution.
             entry_act_layer: Activation of the first one, none if None.
             **layer_kwargs: ``norm_layer``, ``device`` and ``dtype`` of both :class:`ConvNormAct`.
         """
         super().__init__()
-        self.conv1 = ConvNormAct(in_chs, in_chs // 2, act_layer=entry_act_layer, **layer_kwargs)
+        pooled_chs = in_chs // 2 if reduce else in_chs
+        self.conv1 = ConvNormAct(
+            in_chs, pooled_chs, act_layer=entry_act_layer, **layer_kwargs) if reduce else nn.Identity()
         # A module each: what follows a map through the modules (attribution, hooks) takes no module twice.
         self.pool5, self.pool9, self.pool13 = (nn.MaxPool2d(5, stride=1, padding=2) for _ in range(3))
-        self.conv2 = ConvNormAct(in_chs // 2 * 4, out_chs, act_layer=act_layer, **layer_kwargs)
+        self.conv2 = ConvNormAct(pooled_chs * 4, out_chs, act_layer=act_layer, **layer_kwargs)
         self.shortcut = shortcut and in_chs == out_chs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch.nn as nn
 from .checkpoints import Checkpoint, CheckpointError, describe_mapping
 
 __all__ = [
-    'Native', 'Naming', 'StateDict', 'first_conv', 'is_bookkeeping', 'naming_of', 'namings', 'register_naming',
+    'Native', 'Naming', 'Rule', 'StateDict', 'first_conv', 'is_bookkeeping', 'naming_of', 'namings', 'register_naming',
     'rename_keys', 'roll_channels', 'say_once', 'to_native', 'unwrap',
 ]
 
@@ -89,7 +89,7 @@ class Naming:
         models: The registered networks, as a timm filter or several.
         marker: Pattern of a key that every file has, without the prefixes that wrappers put before it.
         rename: Makes this package's keys and tensors of those behind the prefix. Keys that it leaves in the
-            framework's form, of a detector's head, are dropped. It may give keys of a neck as well (``neck.…``): a
+            framework's form, of a detector's head, are dropped. It gives keys of a neck as well (``neck.…``): a
             network without one passes them over, one that has it needs them. The second argument is all that the
             file has, without the wrappers' prefix, for parts that do not lie beside the backbone's.
         notice: What whoever loads such a file has to know of its licence, said once per process.

@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.layers import EffectiveSEModule
 from timm.models import generate_default_cfgs, register_model
 
-from cspnet_timm.backbone import BackboneCfg, Level, LevelArgs
+from cspnet_timm.backbone import BackboneCfg, Level, LevelArgs, Neck
 from cspnet_timm.blocks import (
     AttentionBlock,
     BottleneckBlock,
@@ -27,6 +27,7 @@ from cspnet_timm.cross_stage import ComposedStage, CrossStage
 from cspnet_timm.families._builder import build_backbone, default_cfg
 from cspnet_timm.families.peleenet import StemPool, TwoWayLayer
 from cspnet_timm.layers import ChannelSlice, ConvHead, ConvNormAct, RepConv, SeparableConv, SpatialPyramidPool
+from cspnet_timm.neck import BottomUp, PathAggregation, TopDown
 
 CHS = 16
 LEAKY = functools.partial(nn.LeakyReLU, negative_slope=0.1)
@@ -142,6 +143,37 @@ def stem(*kernel_sizes):
     return Level(build, CHS)
 
 
+def walks(chs, args):
+    """A neck with every kind of node."""
+    def halve(cls=ConvNormAct):
+        return cls(CHS, CHS, kernel_size=3, stride=2, **args.layers)
+
+    def keep(cls=ConvNormAct):
+        return cls(CHS, CHS, kernel_size=3, **args.layers)
+
+    def merge(blocks=None, chs=2 * CHS):
+        return stage(blocks or row(dark), fusion='first')(chs, args)
+
+    def reduce(out_chs=CHS):
+        return ConvNormAct(CHS, out_chs, **args.layers)
+
+    return PathAggregation(
+        [
+            TopDown(nn.Sequential(OrderedDict(csp=merge(), reduce=reduce()))),
+            TopDown(merge(chs=CHS // 2 + CHS), reduce(CHS // 2)),
+        ],
+        [
+            BottomUp(merge(row(block(DarkBlock, kernel_size=(3, 5), conv_layers=separable, shortcut=False))), halve()),
+            BottomUp(merge(), halve(SeparableConv)),
+        ],
+        top=merge(row(
+            block(DarkBlock, kernel_size=(3, 3), conv_layers=(ConvNormAct, RepConv), shortcut=False),
+            lambda chs, args: SpatialPyramidPool(chs, chs, reduce=False, **args.layers),
+        ), chs=CHS),
+        outputs=[keep(), nn.Identity(), keep(SeparableConv)],
+    )
+
+
 dark = block(DarkBlock)
 thin = block(DarkBlock, shortcut=False)
 
@@ -194,7 +226,9 @@ NETWORKS = {
         stem(3),
         level(down(), row(dark, dark)),
         level(down()),
-        level(down(), stage(row(attention), fusion='first'), row(dark)),
+        level(
+            down(), stage(row(attention), fusion='first'), row(dark),
+            stage(concatenated(row(dark, attention)), fusion='first')),
     )),
     # The paper's: bottlenecks, inverted residuals, elastic and dense blocks, channels that are split.
     'paper': BackboneCfg(
@@ -227,6 +261,11 @@ NETWORKS = {
         ),
         act_layer=LEAKY,
     ),
+    # The pyramid behind a backbone.
+    'neck': BackboneCfg(
+        levels=(stem(3), *[level(down(), stage(row(block(DarkBlock)), fusion='first'))] * 3),
+        neck=Neck(walks, (CHS,) * 3),
+    ),
 }
 
 
@@ -254,6 +293,8 @@ def form(module):
     """What decides which code of a module runs: its class, its flags, what its children are."""
     flags = sorted(k for k, v in vars(module).items() if isinstance(v, bool) and k not in _STATE and v)
     children = sorted({(re.sub(r'\d+', '', name), kind) for name, kind in _children(module)})
+    if isinstance(module, (BottomUp, PathAggregation, TopDown)):  # which call whatever they are given
+        children = []
     return type(module).__name__, tuple(flags), tuple(children)
 
 

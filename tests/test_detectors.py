@@ -428,7 +428,7 @@ def test_neck_head_and_bookkeeping_are_left_out_and_counted(fixture, caplog):
         'cspnext_nano': ['neck.reduce_layers.0.conv.weight', 'bbox_head.rtm_cls.0.weight', 'data_preprocessor.mean'],
         'yolox_nano': ['backbone.lateral_conv0.conv.weight', 'head.stems.0.conv.weight', 'ema_backbone_stem_conv'],
         'ppyoloe_t': ['neck.fpn_stages.0.0.conv1.conv.weight', 'yolo_head.stem_cls.0.fc.weight', 'steps'],
-        'yolov8n': ['model.12.cv1.conv.weight', 'model.12.m.0.cv1.conv.weight', 'model.22.dfl.conv.weight'],
+        'yolov8n': ['model.12.cv2.conv.weight', 'model.12.m.0.cv1.conv.weight', 'model.22.dfl.conv.weight'],
     }[fixture]
     checkpoint = {
         'epoch': 300, 'optimizer': {'state': {}},
@@ -526,7 +526,7 @@ def test_every_tag_tells_its_provenance(name):
 def test_every_detectors_network_has_a_tag():
     names = {name.partition('.')[0] for name in detector_tags()}
     registered = [m for f in ('rtmdet', 'yolox', 'ppyoloe', 'yolo') for m in timm.list_models(f'cspnet_{f}*')]
-    assert names == set(registered) and len(names) == 6 + 6 + 10 + 40
+    assert names == set(registered) and len(names) == 6 + 6 + 10 + 40 + 41
 
 
 ONE, ZERO = (1., 1., 1.), (0., 0., 0.)

@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / 'cspnet_timm'
 # Each layer may import the ones above it in this list, and nothing below.
 LAYERS = ['layers', 'blocks', 'cross_stage', 'backbone']
 ALLOWED = {name: set(LAYERS[:i]) for i, name in enumerate(LAYERS)}
+ALLOWED['neck'] = {'layers', 'blocks', 'cross_stage'}
+LAYERS.append('neck')
 ALLOWED['checkpoints'] = set()  # readers know modules and containers, and no family
 ALLOWED['sources'] = set()
 ALLOWED['naming'] = {'checkpoints'}

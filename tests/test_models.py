@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from cspnet_timm.counting import count_parameters
 from cspnet_timm.sizes import fingerprint, model_sizes
-from tests.zoo import ALL, create, distance
+from tests.zoo import ALL, create, distance, of_features
 
 SIZE = 64
 
@@ -33,9 +33,12 @@ def test_there_are_models():
 
 def test_layout_and_default_cfg(any_model):
     model = create_model(any_model, num_classes=3, device='meta').eval()
-    names = [info['module'] for info in model.feature_info]
-    assert names == ['stem'] + [f'layer{i}' for i in range(1, len(names))]
-    assert [name for name, _ in model.named_children()] == [*names, 'head']
+    taps = [info['module'] for info in model.feature_info]
+    names = ['stem'] + [f'layer{i}' for i in range(1, len(taps))]
+    with_neck = any_model.endswith('_pan')
+    assert [name for name, _ in model.named_children()] == [*names, *['neck'] * with_neck, 'head']
+    first = len(taps) - len(model.neck.outputs) if with_neck else len(taps)
+    assert taps == names[:first] + [f'neck.outputs.{i}' for i in range(len(taps) - first)]
     assert [info['reduction'] for info in model.feature_info] == [2 ** (i + 1) for i in range(len(names))]
     for name, module in model.named_modules():
         assert not isinstance(module, BatchNormAct2d), name
@@ -53,6 +56,10 @@ def test_layout_and_default_cfg(any_model):
 
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
 def test_feature_shapes(any_model, output_stride):
+    if any_model.endswith('_pan') and output_stride < 32:
+        with pytest.raises(ValueError, match=f'output_stride={output_stride} cannot be with a neck'):
+            create_model(any_model, features_only=True, output_stride=output_stride, device='meta')
+        return
     model = create_model(any_model, features_only=True, output_stride=output_stride, device='meta').eval()
     outputs = model(torch.empty(1, 3, 128, 192, device='meta'))
     assert len(outputs) == len(model.feature_info.channels()) >= 4
@@ -146,7 +153,8 @@ def test_group_matcher(model_name):
         last = max(groups.values())
         assert all(group == last for name, group in groups.items() if name.startswith('head.'))
         assert all(group == 0 for name, group in groups.items() if name.startswith('stem.'))
-        order = [max(g for n, g in groups.items() if n.startswith(f'{info["module"]}.')) for info in model.feature_info]
+        parts = [name for name, _ in model.named_children() if name != 'head']
+        order = [max(g for n, g in groups.items() if n.startswith(f'{part}.')) for part in parts]
         assert order == sorted(set(order)) and last == order[-1] + 1
     assert last == len(order)  # coarse: one group per level and one for the head
 
@@ -162,8 +170,8 @@ def test_forward_backward(model_name):
 
 def test_features_agree(model_name):
     model, extractor = create(model_name), create(model_name, features_only=True)
-    extractor.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('head.')})
-    x = image()
+    extractor.load_state_dict(of_features(model.state_dict(), extractor))
+    x = image_of_taps = image()
     with torch.no_grad():
         final, taps = model.forward_intermediates(x)
         assert torch.equal(final, model.forward_features(x)) and torch.equal(final, taps[-1])
@@ -175,7 +183,8 @@ def test_features_agree(model_name):
         assert torch.equal(early[0], taps[1])
         # torchvision's FPN wrapper and two DETR repositories take the levels from the plain model by name
         getter = IntermediateLayerGetter(model, {'layer1': 'a', 'layer3': 'b'})
-        assert [torch.equal(o, taps[i]) for o, i in zip(getter(x).values(), (1, 3))] == [True, True]
+        levels = taps if not hasattr(model, 'neck') else [x := level(x) for level in model.levels()]
+        assert [torch.equal(o, levels[i]) for o, i in zip(getter(image_of_taps).values(), (1, 3))] == [True, True]
 
 
 @pytest.mark.parametrize('feature_cls', ['dict', 'hook', 'fx', 'getter'])
@@ -267,7 +276,7 @@ def test_reparameterize(model_name):
     with torch.no_grad():
         assert distance(fused(x), model(x)) < 1e-5
         features = create_model(model_name, features_only=True)
-        features.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('head.')})
+        features.load_state_dict(of_features(model.state_dict(), features))
         for a, b in zip(reparameterize_model(features).eval()(x), model.forward_intermediates(x)[1]):
             assert distance(a, b) < 1e-5
 

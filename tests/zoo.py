@@ -11,6 +11,19 @@ from cspnet_timm.families import densenet, peleenet
 
 ALL = timm.list_models('cspnet_*')
 
+# The smallest network with a neck of each composition; their stages are those that backbones have.
+NECKS = (
+    'cspnet_rtmdet_nano_pan', 'cspnet_yolox_nano_pan', 'cspnet_ppyoloe_plus_t_pan', 'cspnet_yolov8n_pan',
+    'cspnet_yolo11n_pan', 'cspnet_yolo26n_pan',
+)
+BUT_SIZES_OF_NECKS = [name for name in ALL if not name.endswith('_pan') or name in NECKS]
+
+
+def of_features(state_dict, extractor):
+    """A network's state dict as its feature extractor takes it: without the head, timm's getter with a prefix."""
+    prefix = 'model.' if any(key.startswith('model.') for key in extractor.state_dict()) else ''
+    return {prefix + k: v for k, v in state_dict.items() if not k.startswith('head.')}
+
 
 def structure(model):
     """What a model is made of, whatever its widths, depths and activations: its modules' names and types."""
@@ -23,12 +36,14 @@ def representatives():
     """The smallest model of each structure, for checks too expensive to run on all."""
     smallest = {}
     for name in ALL:
+        if name.endswith('_pan'):
+            continue
         model = timm.create_model(name, device='meta')
         params = sum(p.numel() for p in model.parameters())
         key = structure(model)
         if key not in smallest or params < smallest[key][0]:
             smallest[key] = (params, name)
-    return sorted(name for _, name in smallest.values())
+    return sorted([*NECKS, *(name for _, name in smallest.values())])
 
 
 def create(name, **kwargs):

@@ -19,7 +19,7 @@ from timm.models import (
 from timm.models import register_model as timm_register_model
 
 from .. import sources
-from ..backbone import BackboneCfg, CspBackbone, StateDict
+from ..backbone import BackboneCfg, CspBackbone, PyramidFeatures, PyramidFeaturesDict, StateDict
 from ..checkpoints import CheckpointError, open_checkpoint
 from ..fitting import Contents
 from ..loading import fit_to, fitted, install, opened
@@ -28,7 +28,7 @@ from ._weights import IN1K, WEIGHTS, License, WeightsInfo, by_hand, default_cfg,
 
 __all__ = [
     'IN1K', 'WEIGHTS', 'License', 'WeightsInfo', 'build_backbone', 'by_hand', 'default_cfg', 'describe_weights', 'hub',
-    'register_model', 'web',
+    'register_model', 'register_pan', 'web',
 ]
 
 
@@ -41,6 +41,25 @@ def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     if is_model(name) and model_entrypoint(name).__module__.split('.')[0] != __name__.split('.')[0]:
         return fn
     return timm_register_model(fn)
+
+
+def register_pan(name: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register a family's backbone with its neck, which needs no function of its own.
+
+    Args:
+        name: The model's, which ends in ``_pan``; the module of ``create`` assigns the result to a variable called so.
+        create: The family's function that takes a name, ``pretrained`` and what ``timm.create_model`` passes on.
+
+    Returns:
+        The entrypoint.
+    """
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = create.__module__
+    entrypoint.__doc__ = f'``{name.removesuffix("_pan")}`` and the neck of its detector: maps of one pyramid.'
+    return register_model(entrypoint)
 
 
 def _check_out_indices(variant: str, out_indices: Union[int, Sequence[int]], num_levels: int) -> Tuple[int, ...]:
@@ -187,6 +206,9 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     num_levels = len(cfg.levels)
     if kwargs.get('features_only') and kwargs.get('out_indices') is not None:
         kwargs['out_indices'] = _check_out_indices(variant, kwargs['out_indices'], num_levels)
+    if cfg.neck is not None and kwargs.get('features_only'):
+        feature_cls = kwargs.get('feature_cls', 'list')
+        kwargs['feature_cls'] = {'list': PyramidFeatures, 'dict': PyramidFeaturesDict}.get(feature_cls, feature_cls)
     named = pretrained and _names_its_weights(kwargs.get('pretrained_cfg_overlay') or {})
     source, is_fetched = _take_source(variant, kwargs) if pretrained else (None, False)
     download = _checked_download(variant, kwargs) if pretrained else contextlib.nullcontext()

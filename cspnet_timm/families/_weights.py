@@ -5,6 +5,7 @@ searching for it. :func:`describe_weights` makes timm's default configs of the e
 for in :data:`WEIGHTS`.
 """
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Dict, Sequence, Tuple, Union
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -14,7 +15,7 @@ from ..sources import Source
 
 __all__ = [
     'CLASSIFICATION', 'DETECTION', 'IN1K', 'KEYPOINTS', 'License', 'ROTATED', 'SEGMENTATION', 'WEIGHTS', 'WeightsInfo',
-    'by_hand', 'default_cfg', 'describe_weights', 'hub', 'web',
+    'by_hand', 'default_cfg', 'describe_weights', 'hub', 'web', 'with_pan',
 ]
 
 IN1K = 'ImageNet-1k'
@@ -130,6 +131,30 @@ def _timm_fields(sources: Sequence[Source]) -> Dict[str, Any]:
         else:
             fields.setdefault('url', source.url)
     return fields
+
+
+def with_pan(
+        cfgs: Dict[str, Dict[str, Any]],
+        but: Sequence[str] = (),
+        also: Sequence[str] = (),
+) -> Dict[str, Dict[str, Any]]:
+    """Add the configs of the networks with a neck: the detectors' files hold both, so they are the same.
+
+    Args:
+        cfgs: Config by 'architecture.tag', as :func:`describe_weights` takes it.
+        but: Patterns of tags of detectors that have another neck.
+        also: Patterns of tags that have the neck, though their task is no detector's.
+
+    Returns:
+        The same, and for each whose task is a detector's a copy by 'architecture_pan.tag'.
+    """
+    def has_neck(name: str) -> bool:
+        def listed(patterns: Sequence[str]) -> bool:
+            return any(fnmatchcase(name.partition('.')[2], pattern) for pattern in patterns)
+        info = cfgs[name].get('info') or {}
+        return listed(also) or (info.get('task') in (DETECTION, SEGMENTATION, ROTATED) and not listed(but))
+
+    return {**cfgs, **{name.replace('.', '_pan.', 1): cfg for name, cfg in cfgs.items() if has_neck(name)}}
 
 
 def describe_weights(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:

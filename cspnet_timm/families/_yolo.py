@@ -7,14 +7,14 @@ import functools
 import math
 import re
 from collections import OrderedDict
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..backbone import Level, LevelArgs, StateDict
 from ..layers import ConvNormAct, SpatialPyramidPool
-from ..naming import Naming, register_naming, rename_keys, roll_channels
+from ..naming import Naming, Rule, register_naming, rename_keys, roll_channels
 from ._builder import IN1K, License, by_hand, default_cfg
 from ._weights import CLASSIFICATION, DETECTION
 
@@ -73,6 +73,10 @@ def yolo_pool(in_chs: int, args: LevelArgs, shortcut: bool = False) -> nn.Module
     return SpatialPyramidPool(in_chs, in_chs, shortcut=shortcut, entry_act_layer=entry_act_layer, **args.layers)
 
 
+def _keep_width(chs: int, args: LevelArgs, cross_stage: Callable[..., nn.Module], depth: int) -> nn.Module:
+    return cross_stage(chs, chs, args, depth=depth)
+
+
 def yolo_levels(
         stem_kernel_size: int,
         widths: List[int],
@@ -86,7 +90,7 @@ def yolo_levels(
         stem_kernel_size: Of the first convolution.
         widths: Channels of each level, the stem's first.
         depths: Blocks of each level behind the stem.
-        cross_stage: Called with the channels, the level's arguments and ``depth``.
+        cross_stage: Called with the channels that go in and come out, the level's arguments and ``depth``.
         pool: End with an SPP, as a detector does.
 
     Returns:
@@ -94,7 +98,8 @@ def yolo_levels(
     """
     levels = [yolo_stem(widths[0], stem_kernel_size)]
     for i, (chs, depth) in enumerate(zip(widths[1:], depths)):
-        parts: Dict[str, Callable[[int, LevelArgs], nn.Module]] = dict(csp=functools.partial(cross_stage, depth=depth))
+        parts: Dict[str, Callable[[int, LevelArgs], nn.Module]] = dict(
+            csp=functools.partial(_keep_width, cross_stage=cross_stage, depth=depth))
         if pool and i == len(depths) - 1:
             parts['spp'] = yolo_pool
         levels.append(Level(functools.partial(yolo_level, down_chs=chs, parts=parts), chs, depth=depth))
@@ -133,29 +138,63 @@ def _cross_stage(own: StateDict) -> StateDict:
         if any(k.startswith('cv3.') for k in block):
             block = _cross_stage(block)
         else:
-            block = {re.sub(r'^cv([12])\.', r'conv\1.', k): v for k, v in block.items()}
+            # One block, or a row of a block and attention.
+            block = rename_keys(block, ((r'^(\d+\.)?cv([12])\.', r'\1conv\2.'), *_ATTENTION))
         out.update({f'{blocks}.{index}.{k}': v for k, v in block.items()})
     return out
+
+
+_ATTENTION: Tuple[Rule, ...] = (
+    (r'^(\d+)\.attn\.pe\.', r'\1.pos.'),
+    (r'^(\d+)\.attn\.', r'\1.'),
+    (r'^(\d+)\.ffn\.', r'\1.mlp.'),
+)
 
 
 def _attention(own: StateDict) -> StateDict:
     out, chs = _split(own)
     out.update({f'merge.{k}': v for k, v in _under(own, 'cv2.').items()})
     roll_channels(out, 'merge.conv.weight', (1,), chs)
-    blocks = rename_keys(_under(own, 'm.'), (
-        (r'^(\d+)\.attn\.pe\.', r'\1.pos.'),
-        (r'^(\d+)\.attn\.', r'\1.'),
-        (r'^(\d+)\.ffn\.', r'\1.mlp.'),
-    ))
-    out.update({f'blocks.{k}': v for k, v in blocks.items()})
+    out.update({f'blocks.{k}': v for k, v in rename_keys(_under(own, 'm.'), _ATTENTION).items()})
     return out
+
+
+def _neck(own: StateDict) -> Tuple[StateDict, StateDict]:
+    """Map the layers of a detector's neck, whose numbers follow from what the backbone ends with.
+
+    Args:
+        own: Tensors by ``<layer>.<name>``.
+
+    Returns:
+        This package's names and tensors, and all that is not the neck's under the names it has.
+    """
+    if '10.conv.weight' in own:  # YOLOv5, which reduces
+        numbers: Sequence[int] = (10, 13, 14, 17, 18, 20, 21, 23)
+        nodes: Sequence[str] = ('top', 'top_down.0.stage.csp', 'top_down.0.stage.reduce', 'top_down.1.stage', *_UP)
+    else:
+        with_attention = any(k.startswith('10.m.') for k in own)
+        numbers = (13, 16, 17, 19, 20, 22) if with_attention else (12, 15, 16, 18, 19, 21)
+        nodes = ('top_down.0.stage', 'top_down.1.stage', *_UP)
+    out: StateDict = {}
+    for number, node in zip(numbers, nodes):
+        layer = _under(own, f'{number}.')
+        if not layer or {k.split('.')[0] for k in layer} - {'conv', 'bn', 'cv1', 'cv2', 'cv3', 'm'}:
+            break  # of another network
+        layer = layer if 'conv.weight' in layer else _cross_stage(layer)
+        out.update({f'neck.{node}.{k}': v for k, v in layer.items()})
+        own = {k: v for k, v in own.items() if not k.startswith(f'{number}.')}
+    return out, own
+
+
+_UP = ('bottom_up.0.down', 'bottom_up.0.stage', 'bottom_up.1.down', 'bottom_up.1.stage')
 
 
 def _rename(own: StateDict, whole: StateDict) -> StateDict:
     """Map a numbered list of layers, as these networks' files have it, to levels.
 
     Layer 0 is the stem, 1 to 8 are in turn downsampling and cross stage; behind them come, as far as a network has
-    them, SPP, attention and the classifier. Everything further belongs to neck and head.
+    them, SPP, attention and the classifier. Everything further belongs to neck and head; the layers that only enlarge
+    or concatenate are counted as well.
 
     Args:
         own: Tensors by ``<layer>.<name>``.
@@ -164,7 +203,7 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
     Returns:
         This package's names and tensors.
     """
-    out: StateDict = {}
+    out, own = _neck(own)
     for index in range(11):
         layer = _under(own, f'{index}.')
         firsts = {k.split('.')[0] for k in layer}

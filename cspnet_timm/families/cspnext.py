@@ -16,12 +16,23 @@ from timm.layers import EffectiveSEModule
 
 from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
-from ..cross_stage import ComposedStage
+from ..cross_stage import ComposedStage, CrossStage
 from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
 from ..naming import Naming, register_naming, rename_keys
-from ._builder import IN1K, License, build_backbone, default_cfg, describe_weights, hub, register_model, web
+from ._builder import (
+    IN1K,
+    License,
+    build_backbone,
+    default_cfg,
+    describe_weights,
+    hub,
+    register_model,
+    register_pan,
+    web,
+)
+from ._neck import reducing_neck, rename_reducing_neck
 from ._openmmlab import MMDETECTION, MMPOSE, MMROTATE
-from ._weights import CLASSIFICATION, DETECTION, KEYPOINTS, ROTATED, SEGMENTATION
+from ._weights import CLASSIFICATION, DETECTION, KEYPOINTS, ROTATED, SEGMENTATION, with_pan
 
 __all__ = []
 
@@ -44,20 +55,29 @@ def _stem(in_chans: int, args: LevelArgs, out_chs: int) -> nn.Module:
     ))
 
 
-def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, separable: bool, last: bool) -> nn.Module:
-    conv: Callable[..., nn.Module] = SeparableConv if separable else ConvNormAct
+def _blocks(chs: int, args: LevelArgs, depth: int, conv: Callable[..., nn.Module], shortcut: bool) -> nn.Module:
+    return nn.Sequential(*[
+        DarkBlock(
+            chs, chs, kernel_size=(3, 5), conv_layers=(conv, SeparableConv), shortcut=shortcut, **args.block_kwargs(i))
+        for i in range(depth)
+    ])
+
+
+def _level(
+        in_chs: int,
+        args: LevelArgs,
+        out_chs: int,
+        depth: int,
+        conv: Callable[..., nn.Module],
+        last: bool,
+) -> nn.Module:
     mid_chs = out_chs // 2
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         down=conv(in_chs, out_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers))
     if last:
         layers['spp'] = SpatialPyramidPool(out_chs, out_chs, entry_act_layer=args.layers['act_layer'], **args.layers)
     layers['csp'] = ComposedStage(
-        nn.Sequential(*[
-            DarkBlock(
-                mid_chs, mid_chs, kernel_size=(3, 5), conv_layers=(conv, SeparableConv), shortcut=not last,
-                **args.block_kwargs(i))
-            for i in range(depth)
-        ]),
+        _blocks(mid_chs, args, depth, conv, shortcut=not last),
         entry=ConvNormAct(out_chs, mid_chs, **args.layers),
         bypass=ConvNormAct(out_chs, mid_chs, **args.layers),
         merge=nn.Sequential(OrderedDict(
@@ -68,9 +88,24 @@ def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, separable: bo
     return nn.Sequential(layers)
 
 
+def _neck_stage(
+        in_chs: int,
+        out_chs: int,
+        args: LevelArgs,
+        depth: int,
+        conv: Callable[..., nn.Module],
+) -> nn.Module:
+    # Without the attention of the backbone's stages.
+    return CrossStage(
+        in_chs, out_chs, blocks=lambda chs: _blocks(chs, args, depth, conv, shortcut=False), fusion='first',
+        **args.layers)
+
+
 def _rename(own: StateDict, whole: StateDict) -> StateDict:
+    own = {**own, **{k: v for k, v in whole.items() if k.startswith('neck.')}}
     # timm's own cspnext has the framework's names but for its stages, which count from zero.
     own = rename_keys(own, ((r'^stages\.(\d)\.', lambda m: f'stage{int(m[1]) + 1}.'),))
+    own = rename_reducing_neck(own)
     out = rename_keys(own, (
         (r'^stem\.(\d)\.', lambda m: f'stem.conv{int(m[1]) + 1}.'),
         (r'^stage(\d)\.0\.', r'layer\1.down.'),
@@ -78,7 +113,8 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
         (r'^stage(\d)\.\d\.', r'layer\1.csp.'),
         (r'\.main_conv\.', '.entry.'),
         (r'\.short_conv\.', '.bypass.'),
-        (r'\.final_conv\.', '.merge.conv.'),
+        (r'^(layer.*)\.final_conv\.', r'\1.merge.conv.'),
+        (r'\.final_conv\.', '.merge.'),
         (r'\.attention\.', '.merge.attn.'),
         (r'\.(depth|point)wise_conv\.', r'.\1wise.'),
     ))
@@ -94,18 +130,22 @@ NAMING = register_naming(Naming(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
-    width, depth, separable = SIZES[variant]
-    widths, repeats = ((128, 256, 512, 768, 1024), (3, 6, 6, 3, 3)) if variant.endswith('_p6') else (
+    width, depth, separable = SIZES[variant.removesuffix('_pan')]
+    conv: Callable[..., nn.Module] = SeparableConv if separable else ConvNormAct
+    widths, repeats = ((128, 256, 512, 768, 1024), (3, 6, 6, 3, 3)) if '_p6' in variant else (
         (128, 256, 512, 1024), (3, 6, 6, 3))
     chs = [int(c * width) for c in widths]
     depths = [max(round(d * depth), 1) for d in repeats]
     stem_chs = int(64 * width)
     cfg = BackboneCfg(
         levels=(Level(partial(_stem, out_chs=stem_chs), stem_chs),) + tuple(
-            Level(partial(_level, out_chs=c, depth=d, separable=separable, last=i == len(chs) - 1), c, depth=d)
+            Level(partial(_level, out_chs=c, depth=d, conv=conv, last=i == len(chs) - 1), c, depth=d)
             for i, (c, d) in enumerate(zip(chs, depths))
         ),
         convert=NAMING.convert,
+        neck=reducing_neck(
+            chs[1:], partial(_neck_stage, depth=depths[0], conv=conv), conv, out_chs=chs[1],
+        ) if variant.endswith('_pan') else None,
     )
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
@@ -203,7 +243,7 @@ _COCKTAIL14 = 'fourteen data sets of human keypoints (Cocktail14)'
 _FACE6 = 'six data sets of faces, 106 keypoints (Face6)'
 _HUMANART = 'Human-Art and COCO'
 
-default_cfgs = describe_weights({
+default_cfgs = describe_weights(with_pan({
     # The first of a model's tags is its default.
     'cspnet_rtmdet_tiny.rsb_a1_in1k': _in1k(
         'cspnext_tiny.rsb_a1_in1k', 'cspnext-tiny_imagenet_600e-3a2dd350.pth', 69.44, 89.45),
@@ -470,7 +510,7 @@ default_cfgs = describe_weights({
     'cspnet_rtmdet_x.rtmw3d_384': _pose(
         'wholebody_3d_keypoint/rtmw3d/rtmw3d-x_8xb64_cocktail14-384x288-b0a0eab7_20240626',
         f'{_COCKTAIL14}, in three dimensions', (384, 288), root=_POSE_V1),
-})
+}))
 
 
 @register_model
@@ -507,3 +547,11 @@ def cspnet_rtmdet_l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
 def cspnet_rtmdet_x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """CSPNeXt-x: 1.25 times the large network's width, 1.33 times its depth."""
     return _create('cspnet_rtmdet_x', pretrained, **kwargs)
+
+
+cspnet_rtmdet_nano_pan = register_pan('cspnet_rtmdet_nano_pan', _create)
+cspnet_rtmdet_tiny_pan = register_pan('cspnet_rtmdet_tiny_pan', _create)
+cspnet_rtmdet_s_pan = register_pan('cspnet_rtmdet_s_pan', _create)
+cspnet_rtmdet_m_pan = register_pan('cspnet_rtmdet_m_pan', _create)
+cspnet_rtmdet_l_pan = register_pan('cspnet_rtmdet_l_pan', _create)
+cspnet_rtmdet_x_pan = register_pan('cspnet_rtmdet_x_pan', _create)

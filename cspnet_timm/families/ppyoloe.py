@@ -7,21 +7,33 @@ the merge. The + networks learn the weight, alpha, of each 1×1 branch.
 Paper: `PP-YOLOE: An evolved version of YOLO`, https://arxiv.org/abs/2203.16250
 Reference: https://github.com/PaddlePaddle/PaddleDetection, Apache-2.0
 """
+import itertools
 from collections import OrderedDict
+from dataclasses import replace
 from functools import partial
-from typing import Any, Dict
+from typing import Any, Dict, List, Sequence
 
 import torch
 import torch.nn as nn
 from timm.layers import EffectiveSEModule
 
-from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
+from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, Neck, StateDict
 from ..blocks import DarkBlock
-from ..cross_stage import ComposedStage
-from ..layers import ConvNormAct, RepConv
+from ..cross_stage import ComposedStage, CrossStage
+from ..layers import ConvNormAct, RepConv, SpatialPyramidPool
 from ..naming import Naming, register_naming, rename_keys, roll_channels
-from ._builder import IN1K, License, build_backbone, default_cfg, describe_weights, register_model, web
-from ._weights import CLASSIFICATION, DETECTION
+from ..neck import BottomUp, PathAggregation, TopDown
+from ._builder import (
+    IN1K,
+    License,
+    build_backbone,
+    default_cfg,
+    describe_weights,
+    register_model,
+    register_pan,
+    web,
+)
+from ._weights import CLASSIFICATION, DETECTION, with_pan
 
 __all__ = []
 
@@ -32,6 +44,8 @@ SIZES = {  # width, depth
     'l': (1., 1.),
     'x': (1.25, 1.33),
 }
+NECK_CHS = (192, 384, 768)  # at strides 8, 16 and 32, of the large network
+NECK_CHS_T = (384, 384, 384)  # of the smallest one, before it is scaled
 
 
 def _stem(in_chans: int, args: LevelArgs, out_chs: int) -> nn.Module:
@@ -65,7 +79,62 @@ def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, alpha: bool) 
     ))
 
 
+def _neck_stage(in_chs: int, out_chs: int, args: LevelArgs, depth: int, pool: bool = False) -> nn.Module:
+    def blocks(chs: int) -> nn.Module:
+        row: List[Any] = [(str(i), DarkBlock(
+            chs, chs, kernel_size=(3, 3), conv_layers=(ConvNormAct, RepConv), shortcut=False, **args.block_kwargs(i),
+        )) for i in range(depth)]
+        if pool:
+            row.insert((depth + 1) // 2, ('spp', SpatialPyramidPool(chs, chs, reduce=False, **args.layers)))
+        return nn.Sequential(OrderedDict(row))
+
+    return CrossStage(in_chs, out_chs, blocks=blocks, fusion='first', **args.layers)
+
+
+def _neck(chs: List[int], args: LevelArgs, out_chs: Sequence[int], depth: int) -> nn.Module:
+    pairs = list(itertools.pairwise(out_chs))  # of a level and the coarser one
+    return PathAggregation(
+        [TopDown(_neck_stage(coarse // 2 + own, fine, args, depth), ConvNormAct(coarse, coarse // 2, **args.layers))
+         for own, (fine, coarse) in reversed(list(zip(chs, pairs)))],
+        [BottomUp(_neck_stage(fine + coarse, coarse, args, depth),
+                  ConvNormAct(fine, fine, 3, stride=2, **args.layers)) for fine, coarse in pairs],
+        top=_neck_stage(chs[-1], out_chs[-1], args, depth, pool=True),
+    )
+
+
+def _rename_neck(own: StateDict) -> StateDict:
+    out = rename_keys(own, (  # PaddleDetection counts some of its lists from stride 32
+        (r'^neck\.(fpn_stages\.0|reduce_layers\.2)\.0\.', 'neck.top.'),
+        (r'^neck\.(fpn_stages\.1|top_down_layers\.0)\.0\.', 'neck.top_down.0.stage.'),
+        (r'^neck\.(fpn_stages\.2|top_down_layers\.1)\.0\.', 'neck.top_down.1.stage.'),
+        (r'^neck\.(fpn_routes\.(\d)|upsample_layers\.(\d)\.0)\.',
+         lambda m: f'neck.top_down.{m[2] or m[3]}.reduce.'),
+        (r'^neck\.(pan_routes\.1|downsample_layers\.0)\.', 'neck.bottom_up.0.down.'),
+        (r'^neck\.(pan_routes\.0|downsample_layers\.1)\.', 'neck.bottom_up.1.down.'),
+        (r'^neck\.(pan_stages\.1|bottom_up_layers\.0)\.0\.', 'neck.bottom_up.0.stage.'),
+        (r'^neck\.(pan_stages\.0|bottom_up_layers\.1)\.0\.', 'neck.bottom_up.1.stage.'),
+        (r'\.(top|stage)\.conv1\.', r'.\1.bypass.'),
+        (r'\.(top|stage)\.conv2\.', r'.\1.entry.'),
+        (r'\.(top|stage)\.conv3\.', r'.\1.merge.'),
+        (r'\.(convs|blocks)\.spp\.(conv|conv2)\.(?=conv|bn)', '.blocks.spp.conv2.'),
+        (r'\.convs\.', '.blocks.'),
+    ))
+    for key in [k for k in out if k.endswith('.alpha')]:  # of PP-YOLOE-R: it scales what a batch norm gives
+        alpha, conv = out.pop(key), key.removesuffix('.alpha')
+        for name in ('weight', 'bias'):
+            branch = next((k for k in (f'{conv}.conv2.bn.{name}', f'{conv}.rbr_1x1.bn.{name}') if k in out), None)
+            if branch is not None and not alpha.is_meta and alpha.any():
+                out[branch] = out[branch] * alpha
+    for key, value in out.items():
+        if key.endswith('.merge.conv.weight') and value.ndim == 4:  # the reference concatenates [bypass, blocks]
+            roll_channels(out, key, (1,), value.shape[1] // 2)
+    return out
+
+
 def _rename(own: StateDict, whole: StateDict) -> StateDict:
+    neck = {k: v for k, v in whole.items() if k.startswith('neck.')}
+    if not any(k.startswith('neck.encoder.') for k in neck):  # of the networks for small objects: another neck
+        own = {**own, **_rename_neck(neck)}
     out = rename_keys(own, (
         (r'^stem\.(\d)\.', lambda m: f'stem.conv{int(m[1]) + 1}.'),
         (r'^stages\.(\d)\.', lambda m: f'layer{int(m[1]) + 1}.csp.'),
@@ -93,12 +162,13 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
     return out
 
 
-NAMING = register_naming(
-    Naming('PP-YOLOE', ('cspnet_ppyoloe_*',), r'(stages\.0|stage1\.0)\.conv_down\.conv\.weight', _rename))
+NAMING = register_naming(Naming(
+    'PP-YOLOE', ('cspnet_ppyoloe_*',), r'(stages\.0|stage1\.0)\.conv_down\.conv\.weight', _rename))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
-    width, depth = SIZES[variant[-1]]
+    size = variant.removesuffix('_pan')[-1]
+    width, depth = SIZES[size]
     stem_chs, *chs = [max(round(c * width), 1) for c in (64, 128, 256, 512, 1024)]
     depths = [max(round(d * depth), 1) for d in (3, 6, 6, 3)]
     cfg = BackboneCfg(
@@ -108,6 +178,9 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
         ),
         convert=NAMING.convert,
     )
+    if variant.endswith('_pan'):
+        neck_chs = [max(round(c * width), 1) for c in (NECK_CHS_T if size == 't' else NECK_CHS)]
+        cfg = replace(cfg, neck=Neck(partial(_neck, out_chs=neck_chs, depth=depths[0]), tuple(neck_chs)))
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
@@ -177,7 +250,7 @@ def _obj365(size: str, ap50: float) -> Dict[str, Any]:
     return _detector(url, 'Objects365', True, dict(ap50=ap50, size=640))
 
 
-default_cfgs = describe_weights({
+default_cfgs = describe_weights(with_pan({
     'cspnet_ppyoloe_t.in1k': _in1k('t'),
     'cspnet_ppyoloe_s.in1k': _in1k('s'),
     'cspnet_ppyoloe_m.in1k': _in1k('m'),
@@ -235,7 +308,7 @@ default_cfgs = describe_weights({
         'ppyoloe_plus_crn_m_80e_obj365_pretrained_pcb', 52.7, True, 'Objects365, then PKU-Market-PCB, circuit boards'),
     'cspnet_ppyoloe_plus_m.coco_pcb': _application(
         'ppyoloe_plus_crn_m_80e_coco_pretrained_pcb', 52.4, True, 'COCO, then PKU-Market-PCB, circuit boards'),
-})
+}, but=('*_sod*', '*_p2*')))
 
 
 @register_model
@@ -296,3 +369,14 @@ def cspnet_ppyoloe_plus_l(pretrained: bool = False, **kwargs: Any) -> CspBackbon
 def cspnet_ppyoloe_plus_x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """1.25 times the large network's width, 1.33 times its depth, with learnt alphas."""
     return _create('cspnet_ppyoloe_plus_x', pretrained, **kwargs)
+
+
+cspnet_ppyoloe_s_pan = register_pan('cspnet_ppyoloe_s_pan', _create)
+cspnet_ppyoloe_m_pan = register_pan('cspnet_ppyoloe_m_pan', _create)
+cspnet_ppyoloe_l_pan = register_pan('cspnet_ppyoloe_l_pan', _create)
+cspnet_ppyoloe_x_pan = register_pan('cspnet_ppyoloe_x_pan', _create)
+cspnet_ppyoloe_plus_t_pan = register_pan('cspnet_ppyoloe_plus_t_pan', _create)
+cspnet_ppyoloe_plus_s_pan = register_pan('cspnet_ppyoloe_plus_s_pan', _create)
+cspnet_ppyoloe_plus_m_pan = register_pan('cspnet_ppyoloe_plus_m_pan', _create)
+cspnet_ppyoloe_plus_l_pan = register_pan('cspnet_ppyoloe_plus_l_pan', _create)
+cspnet_ppyoloe_plus_x_pan = register_pan('cspnet_ppyoloe_plus_x_pan', _create)

@@ -10,18 +10,20 @@ YOLO26 differs in its SPP, see ``yolo26.py``.
 Built from the published structure; the authors' code and weights are under AGPL-3.0, and none of either is here.
 """
 from functools import partial
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List, Optional
 
 import torch.nn as nn
 
-from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs
+from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, Neck
 from ..blocks import AttentionBlock, ConcatOutputs, DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvHead
-from ._builder import build_backbone, describe_weights, register_model
+from ._builder import build_backbone, describe_weights, register_model, register_pan
+from ._neck import keeping_neck
+from ._weights import with_pan
 from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_level, yolo_pool, yolo_stem
 
-__all__ = ['yolo11_cfg']
+__all__ = ['yolo11_cfg', 'yolo11_stage']
 
 SIZES = {  # width, repeats, widest channels before scaling, cross stages as blocks everywhere
     'n': (0.25, 1, 1024, False),
@@ -50,14 +52,27 @@ def _block(chs: int, args: LevelArgs, index: int, nested: bool) -> nn.Module:
     )
 
 
-def _cross_stage(
+def yolo11_stage(
         in_chs: int,
-        args: LevelArgs,
         out_chs: int,
-        branch_ratio: float,
+        args: LevelArgs,
         depth: int,
         nested: bool,
+        branch_ratio: float = 0.5,
 ) -> nn.Module:
+    """A cross stage that collects what its blocks give.
+
+    Args:
+        in_chs: Channels of the input.
+        out_chs: Channels of the output.
+        args: What the backbone says of the level.
+        depth: Blocks.
+        nested: Whether the blocks are small cross stages themselves.
+        branch_ratio: Channels of a branch, as a fraction of ``out_chs``.
+
+    Returns:
+        The stage.
+    """
     return CrossStage(
         in_chs, out_chs,
         blocks=lambda chs: ConcatOutputs(
@@ -66,6 +81,10 @@ def _cross_stage(
         fusion='first',
         **args.layers,
     )
+
+
+def _level_stage(in_chs: int, args: LevelArgs, out_chs: int, **kwargs: Any) -> nn.Module:
+    return yolo11_stage(in_chs, out_chs, args, **kwargs)
 
 
 def _attention(_: int, args: LevelArgs, chs: int, depth: int) -> nn.Module:
@@ -78,13 +97,20 @@ def _attention(_: int, args: LevelArgs, chs: int, depth: int) -> nn.Module:
     )
 
 
-def yolo11_cfg(name: str, classifier: bool, linear_pool: bool = False) -> BackboneCfg:
+def yolo11_cfg(
+        name: str,
+        classifier: bool,
+        linear_pool: bool = False,
+        neck: Optional[Callable[[List[int], int, bool], Neck]] = None,
+) -> BackboneCfg:
     """The network of one size.
 
     Args:
         name: ``'n'``, ``'s'``, ``'m'``, ``'l'`` or ``'x'``.
         classifier: The classifying form: no SPP, a convolution before the classifier.
         linear_pool: The SPP of YOLO26: a shortcut around it, no activation before its pools.
+        neck: Called with the channels of the neck's maps, the repeats, and whether the blocks are cross stages
+            everywhere, gives the neck; none if None.
 
     Returns:
         The network as numbers and builders.
@@ -95,7 +121,7 @@ def yolo11_cfg(name: str, classifier: bool, linear_pool: bool = False) -> Backbo
     for i, (down, out, branch_ratio) in enumerate(LEVELS):
         chs, depth = scale_width(out, width, max_chs), repeats
         parts: Dict[str, Callable[[int, LevelArgs], nn.Module]] = dict(csp=partial(
-            _cross_stage, out_chs=chs, branch_ratio=branch_ratio, depth=repeats, nested=nested or i >= 2))
+            _level_stage, out_chs=chs, branch_ratio=branch_ratio, depth=repeats, nested=nested or i >= 2))
         if i == 3:
             if not classifier:
                 parts['spp'] = partial(yolo_pool, shortcut=linear_pool)
@@ -107,17 +133,25 @@ def yolo11_cfg(name: str, classifier: bool, linear_pool: bool = False) -> Backbo
     return BackboneCfg(
         tuple(levels), bn_eps=bn_eps, bn_momentum=bn_momentum, head=ConvHead if classifier else None,
         convert=NAMING.convert,
+        neck=neck and neck([scale_width(c, width, max_chs) for c in (256, 512, 1024)], repeats, nested),
     )
+
+
+def _neck(out_chs: List[int], depth: int, nested: bool) -> Neck:
+    return keeping_neck(
+        out_chs, partial(yolo11_stage, depth=depth, nested=nested),
+        last=partial(yolo11_stage, depth=depth, nested=True))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     name, _, form = variant.removeprefix('cspnet_yolo11').partition('_')
-    return build_backbone(variant, pretrained, yolo11_cfg(name, classifier=bool(form)), **kwargs)
+    cfg = yolo11_cfg(name, classifier=form == 'cls', neck=_neck if form == 'pan' else None)
+    return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
 _URL = 'https://github.com/ultralytics/assets/releases/download/v8.3.0'
 
-default_cfgs = describe_weights({
+default_cfgs = describe_weights(with_pan({
     'cspnet_yolo11n.coco': detector_cfg(f'{_URL}/yolo11n.pt', 39.5),
     'cspnet_yolo11s.coco': detector_cfg(f'{_URL}/yolo11s.pt', 47.0),
     'cspnet_yolo11m.coco': detector_cfg(f'{_URL}/yolo11m.pt', 51.5),
@@ -128,7 +162,7 @@ default_cfgs = describe_weights({
     'cspnet_yolo11m_cls.in1k': classifier_cfg(f'{_URL}/yolo11m-cls.pt', 77.3, 93.9),
     'cspnet_yolo11l_cls.in1k': classifier_cfg(f'{_URL}/yolo11l-cls.pt', 78.3, 94.3),
     'cspnet_yolo11x_cls.in1k': classifier_cfg(f'{_URL}/yolo11x-cls.pt', 79.5, 94.9),
-})
+}))
 
 
 @register_model
@@ -189,3 +223,10 @@ def cspnet_yolo11l_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
 def cspnet_yolo11x_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """One and a half times the width of the large network, as a classifier."""
     return _create('cspnet_yolo11x_cls', pretrained, **kwargs)
+
+
+cspnet_yolo11n_pan = register_pan('cspnet_yolo11n_pan', _create)
+cspnet_yolo11s_pan = register_pan('cspnet_yolo11s_pan', _create)
+cspnet_yolo11m_pan = register_pan('cspnet_yolo11m_pan', _create)
+cspnet_yolo11l_pan = register_pan('cspnet_yolo11l_pan', _create)
+cspnet_yolo11x_pan = register_pan('cspnet_yolo11x_pan', _create)

@@ -6,6 +6,7 @@ A 6×6 convolution of stride 2, then four times a 3×3 convolution of stride 2 a
 
 Built from the published structure; the authors' code and weights are under AGPL-3.0, and none of either is here.
 """
+from functools import partial
 from typing import Any
 
 import torch.nn as nn
@@ -14,7 +15,9 @@ from ..backbone import BackboneCfg, CspBackbone, LevelArgs
 from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvHead
-from ._builder import build_backbone, describe_weights, register_model
+from ._builder import build_backbone, describe_weights, register_model, register_pan
+from ._neck import reducing_neck
+from ._weights import with_pan
 from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_levels
 
 __all__ = []
@@ -28,10 +31,11 @@ SIZES = {  # width, depth
 }
 
 
-def _cross_stage(chs: int, args: LevelArgs, depth: int) -> nn.Module:
+def _cross_stage(in_chs: int, out_chs: int, args: LevelArgs, depth: int, shortcut: bool = True) -> nn.Module:
     return CrossStage(
-        chs, chs,
-        blocks=lambda c: nn.Sequential(*[DarkBlock(c, c, **args.block_kwargs(i)) for i in range(depth)]),
+        in_chs, out_chs,
+        blocks=lambda c: nn.Sequential(*[
+            DarkBlock(c, c, shortcut=shortcut, **args.block_kwargs(i)) for i in range(depth)]),
         fusion='first',
         **args.layers,
     )
@@ -43,14 +47,16 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     widths = [scale_width(c, width) for c in (64, 128, 256, 512, 1024)]
     depths = [max(round(n * depth), 1) for n in (3, 6, 9, 3)]
     cfg = BackboneCfg(
-        yolo_levels(6, widths, depths, _cross_stage, pool=not form), bn_eps=1e-3, bn_momentum=0.03,
-        head=ConvHead if form else None, convert=NAMING.convert)
+        yolo_levels(6, widths, depths, _cross_stage, pool=form != 'cls'), bn_eps=1e-3, bn_momentum=0.03,
+        head=ConvHead if form == 'cls' else None, convert=NAMING.convert,
+        neck=reducing_neck(
+            widths[2:], partial(_cross_stage, depth=depths[0], shortcut=False)) if form == 'pan' else None)
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
 _URL = 'https://github.com/ultralytics/yolov5/releases/download/v7.0'
 
-default_cfgs = describe_weights({
+default_cfgs = describe_weights(with_pan({
     'cspnet_yolov5n.coco': detector_cfg(f'{_URL}/yolov5n.pt', 28.0),
     'cspnet_yolov5s.coco': detector_cfg(f'{_URL}/yolov5s.pt', 37.4),
     'cspnet_yolov5m.coco': detector_cfg(f'{_URL}/yolov5m.pt', 45.4),
@@ -61,7 +67,7 @@ default_cfgs = describe_weights({
     'cspnet_yolov5m_cls.in1k': classifier_cfg(f'{_URL}/yolov5m-cls.pt', 75.9, 92.9, imagenet_norm=True),
     'cspnet_yolov5l_cls.in1k': classifier_cfg(f'{_URL}/yolov5l-cls.pt', 78.0, 94.0, imagenet_norm=True),
     'cspnet_yolov5x_cls.in1k': classifier_cfg(f'{_URL}/yolov5x-cls.pt', 79.0, 94.4, imagenet_norm=True),
-})
+}))
 
 
 @register_model
@@ -122,3 +128,10 @@ def cspnet_yolov5l_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
 def cspnet_yolov5x_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """1.25 times the large network's width, 1.33 times its depth, as a classifier."""
     return _create('cspnet_yolov5x_cls', pretrained, **kwargs)
+
+
+cspnet_yolov5n_pan = register_pan('cspnet_yolov5n_pan', _create)
+cspnet_yolov5s_pan = register_pan('cspnet_yolov5s_pan', _create)
+cspnet_yolov5m_pan = register_pan('cspnet_yolov5m_pan', _create)
+cspnet_yolov5l_pan = register_pan('cspnet_yolov5l_pan', _create)
+cspnet_yolov5x_pan = register_pan('cspnet_yolov5x_pan', _create)

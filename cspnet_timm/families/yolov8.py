@@ -6,6 +6,7 @@ channels before it pools. The large detectors' last level is narrower than the c
 
 Built from the published structure; the authors' code and weights are under AGPL-3.0, and none of either is here.
 """
+from functools import partial
 from typing import Any
 
 import torch.nn as nn
@@ -14,7 +15,9 @@ from ..backbone import BackboneCfg, CspBackbone, LevelArgs
 from ..blocks import ConcatOutputs, DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvHead
-from ._builder import build_backbone, describe_weights, register_model
+from ._builder import build_backbone, describe_weights, register_model, register_pan
+from ._neck import keeping_neck
+from ._weights import with_pan
 from ._yolo import NAMING, classifier_cfg, detector_cfg, scale_width, yolo_levels
 
 __all__ = []
@@ -28,11 +31,11 @@ SIZES = {  # width, depth, widest channels of a detector before scaling
 }
 
 
-def _cross_stage(chs: int, args: LevelArgs, depth: int) -> nn.Module:
+def _cross_stage(in_chs: int, out_chs: int, args: LevelArgs, depth: int, shortcut: bool = True) -> nn.Module:
     return CrossStage(
-        chs, chs,
+        in_chs, out_chs,
         blocks=lambda c: ConcatOutputs(
-            [DarkBlock(c, c, kernel_size=(3, 3), **args.block_kwargs(i)) for i in range(depth)],
+            [DarkBlock(c, c, kernel_size=(3, 3), shortcut=shortcut, **args.block_kwargs(i)) for i in range(depth)],
             out_chs=(1 + depth) * c,
         ),
         fusion='first',
@@ -43,18 +46,20 @@ def _cross_stage(chs: int, args: LevelArgs, depth: int) -> nn.Module:
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     name, _, form = variant.removeprefix('cspnet_yolov8').partition('_')
     width, depth, max_chs = SIZES[name]
-    widths = [scale_width(c, width, 1024 if form else max_chs) for c in (64, 128, 256, 512, 1024)]
+    widths = [scale_width(c, width, 1024 if form == 'cls' else max_chs) for c in (64, 128, 256, 512, 1024)]
     depths = [max(round(n * depth), 1) for n in (3, 6, 6, 3)]
-    bn_eps, bn_momentum = (1e-5, 0.1) if form else (1e-3, 0.03)
+    bn_eps, bn_momentum = (1e-5, 0.1) if form == 'cls' else (1e-3, 0.03)
     cfg = BackboneCfg(
-        yolo_levels(3, widths, depths, _cross_stage, pool=not form), bn_eps=bn_eps, bn_momentum=bn_momentum,
-        head=ConvHead if form else None, convert=NAMING.convert)
+        yolo_levels(3, widths, depths, _cross_stage, pool=form != 'cls'), bn_eps=bn_eps, bn_momentum=bn_momentum,
+        head=ConvHead if form == 'cls' else None, convert=NAMING.convert,
+        neck=keeping_neck(
+            widths[2:], partial(_cross_stage, depth=depths[0], shortcut=False)) if form == 'pan' else None)
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
 _URL = 'https://github.com/ultralytics/assets/releases/download/v8.2.0'
 
-default_cfgs = describe_weights({
+default_cfgs = describe_weights(with_pan({
     'cspnet_yolov8n.coco': detector_cfg(f'{_URL}/yolov8n.pt', 37.3),
     'cspnet_yolov8s.coco': detector_cfg(f'{_URL}/yolov8s.pt', 44.9),
     'cspnet_yolov8m.coco': detector_cfg(f'{_URL}/yolov8m.pt', 50.2),
@@ -65,7 +70,7 @@ default_cfgs = describe_weights({
     'cspnet_yolov8m_cls.in1k': classifier_cfg(f'{_URL}/yolov8m-cls.pt', 76.8, 93.5),
     'cspnet_yolov8l_cls.in1k': classifier_cfg(f'{_URL}/yolov8l-cls.pt', 78.3, 94.2),
     'cspnet_yolov8x_cls.in1k': classifier_cfg(f'{_URL}/yolov8x-cls.pt', 79.0, 94.6),
-})
+}))
 
 
 @register_model
@@ -126,3 +131,10 @@ def cspnet_yolov8l_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
 def cspnet_yolov8x_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """1.25 times the large network's width, the same depth, as a classifier."""
     return _create('cspnet_yolov8x_cls', pretrained, **kwargs)
+
+
+cspnet_yolov8n_pan = register_pan('cspnet_yolov8n_pan', _create)
+cspnet_yolov8s_pan = register_pan('cspnet_yolov8s_pan', _create)
+cspnet_yolov8m_pan = register_pan('cspnet_yolov8m_pan', _create)
+cspnet_yolov8l_pan = register_pan('cspnet_yolov8l_pan', _create)
+cspnet_yolov8x_pan = register_pan('cspnet_yolov8x_pan', _create)

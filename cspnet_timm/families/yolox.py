@@ -7,6 +7,7 @@ are separable. Focus, a 3×3 convolution of the four pixels of each 2×2 patch, 
 Paper: `YOLOX: Exceeding YOLO Series in 2021`, https://arxiv.org/abs/2107.08430
 Reference: https://github.com/Megvii-BaseDetection/YOLOX, Apache-2.0
 """
+import re
 from collections import OrderedDict
 from functools import partial
 from typing import Any, Callable, Dict
@@ -19,9 +20,18 @@ from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
 from ..naming import Naming, register_naming, rename_keys
-from ._builder import License, build_backbone, default_cfg, describe_weights, register_model, web
+from ._builder import (
+    License,
+    build_backbone,
+    default_cfg,
+    describe_weights,
+    register_model,
+    register_pan,
+    web,
+)
+from ._neck import reducing_neck, rename_reducing_neck
 from ._openmmlab import MMDETECTION, MMPOSE
-from ._weights import DETECTION, KEYPOINTS
+from ._weights import DETECTION, KEYPOINTS, with_pan
 
 __all__ = ['focus_to_conv']
 
@@ -39,21 +49,38 @@ def _stem(in_chans: int, args: LevelArgs, out_chs: int) -> nn.Module:
     return ConvNormAct(in_chans, out_chs, 6, stride=args.stride, padding=2, **args.layers)
 
 
-def _level(in_chs: int, args: LevelArgs, out_chs: int, depth: int, separable: bool, last: bool) -> nn.Module:
-    conv: Callable[..., nn.Module] = SeparableConv if separable else ConvNormAct
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        down=conv(in_chs, out_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers))
-    if last:
-        layers['spp'] = SpatialPyramidPool(out_chs, out_chs, entry_act_layer=args.layers['act_layer'], **args.layers)
-    layers['csp'] = CrossStage(
-        out_chs, out_chs,
+def _cross_stage(
+        in_chs: int,
+        out_chs: int,
+        args: LevelArgs,
+        depth: int,
+        conv: Callable[..., nn.Module],
+        shortcut: bool,
+) -> nn.Module:
+    return CrossStage(
+        in_chs, out_chs,
         blocks=lambda chs: nn.Sequential(*[
-            DarkBlock(chs, chs, conv_layers=(ConvNormAct, conv), shortcut=not last, **args.block_kwargs(i))
+            DarkBlock(chs, chs, conv_layers=(ConvNormAct, conv), shortcut=shortcut, **args.block_kwargs(i))
             for i in range(depth)
         ]),
         fusion='first',
         **args.layers,
     )
+
+
+def _level(
+        in_chs: int,
+        args: LevelArgs,
+        out_chs: int,
+        depth: int,
+        conv: Callable[..., nn.Module],
+        last: bool,
+) -> nn.Module:
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        down=conv(in_chs, out_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers))
+    if last:
+        layers['spp'] = SpatialPyramidPool(out_chs, out_chs, entry_act_layer=args.layers['act_layer'], **args.layers)
+    layers['csp'] = _cross_stage(out_chs, out_chs, args, depth, conv, shortcut=not last)
     return nn.Sequential(layers)
 
 
@@ -72,16 +99,31 @@ def focus_to_conv(weight: torch.Tensor) -> torch.Tensor:
     return patches.permute(0, 3, 4, 2, 5, 1).reshape(out_chs, chs, 6, 6)
 
 
+_NECK = {  # of Megvii's files, beside those of OpenMMLab
+    'lateral_conv0': 'top', 'C3_p4': 'top_down.0.stage.csp', 'reduce_conv1': 'top_down.0.stage.reduce',
+    'C3_p3': 'top_down.1.stage', 'bu_conv2': 'bottom_up.0.down', 'C3_n3': 'bottom_up.0.stage',
+    'bu_conv1': 'bottom_up.1.down', 'C3_n4': 'bottom_up.1.stage',
+}
+_BESIDE = rf'neck\.|backbone\.({"|".join(_NECK)})\.'
+
+
 def _rename(own: StateDict, whole: StateDict) -> StateDict:
+    own = {**own, **{k: v for k, v in whole.items() if re.match(_BESIDE, k)}}
+    # What MMDetection calls the neck's last convolutions is the first of the head in YOLOX.
+    own = rename_keys(own, (
+        (r'^neck\.out_(convs|layers)\.', 'bbox_head.stems.'),
+        (r'^backbone\.(\w+)\.', lambda m: f'neck.{_NECK[m[1]]}.'),
+    ))
+    own = rename_reducing_neck(own)
     own = rename_keys(own, ((r'^dark(\d)\.', lambda m: f'stage{int(m[1]) - 1}.'), (r'^stem\.conv\.', 'stem.')))
     out = rename_keys(own, (
         (r'^stage(\d)\.0\.', r'layer\1.down.'),
         (r'^stage(?:([123])\.1|(4)\.2)\.', lambda m: f'layer{m[1] or m[2]}.csp.'),
         (r'^stage4\.1\.', 'layer4.spp.'),
-        (r'\.csp\.(conv1|main_conv)\.', '.csp.entry.'),
-        (r'\.csp\.(conv2|short_conv)\.', '.csp.bypass.'),
-        (r'\.csp\.(conv3|final_conv)\.', '.csp.merge.'),
-        (r'\.csp\.m\.', '.csp.blocks.'),
+        (r'\.(csp|stage)\.(conv1|main_conv)\.', r'.\1.entry.'),
+        (r'\.(csp|stage)\.(conv2|short_conv)\.', r'.\1.bypass.'),
+        (r'\.(csp|stage)\.(conv3|final_conv)\.', r'.\1.merge.'),
+        (r'\.(csp|stage)\.m\.', r'.\1.blocks.'),
         (r'\.(dconv|depthwise_conv)\.', '.depthwise.'),
         (r'\.(pconv|pointwise_conv)\.', '.pointwise.'),
     ))
@@ -96,14 +138,19 @@ NAMING = register_naming(Naming(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
-    width, depth, separable = SIZES[variant]
+    width, depth, separable = SIZES[variant.removesuffix('_pan')]
+    conv: Callable[..., nn.Module] = SeparableConv if separable else ConvNormAct
     stem_chs, depth = int(64 * width), max(round(depth * 3), 1)
     levels = [Level(partial(_stem, out_chs=stem_chs), stem_chs)]
     for i, (scale, repeats) in enumerate(((2, 1), (4, 3), (8, 3), (16, 1))):
         chs, blocks = stem_chs * scale, depth * repeats
         levels.append(Level(
-            partial(_level, out_chs=chs, depth=blocks, separable=separable, last=i == 3), chs, depth=blocks))
-    cfg = BackboneCfg(levels=tuple(levels), bn_eps=1e-3, bn_momentum=0.03, convert=NAMING.convert)
+            partial(_level, out_chs=chs, depth=blocks, conv=conv, last=i == 3), chs, depth=blocks))
+    neck = reducing_neck(
+        [level.out_chs for level in levels[-3:]], partial(_cross_stage, depth=depth, conv=conv, shortcut=False), conv)
+    cfg = BackboneCfg(
+        levels=tuple(levels), bn_eps=1e-3, bn_momentum=0.03, convert=NAMING.convert,
+        neck=neck if variant.endswith('_pan') else None)
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
@@ -168,7 +215,7 @@ def _humanart(name: str, digest: str, ap: float, size: int = 640) -> Dict[str, A
 
 _BODY7 = 'seven data sets of human keypoints (Body7)'
 
-default_cfgs = describe_weights({
+default_cfgs = describe_weights(with_pan({
     'cspnet_yolox_nano.coco': _megvii('nano', 25.8, 416),
     'cspnet_yolox_tiny.coco': _megvii('tiny', 32.8, 416),
     'cspnet_yolox_s.coco': _megvii('s', 40.5),
@@ -209,7 +256,7 @@ default_cfgs = describe_weights({
     'cspnet_yolox_l.rtmo_body7_crowdpose': _pose(
         'rtmo-l_16xb16-700e_body7-crowdpose-640x640-5bafdc11_20231219', 640, f'{_BODY7}, then CrowdPose',
         keypoint_ap=83.8),
-})
+}, also=('pose_coco',)))
 
 
 @register_model
@@ -246,3 +293,11 @@ def cspnet_yolox_l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
 def cspnet_yolox_x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """1.25 times the large network's width, 1.33 times its depth."""
     return _create('cspnet_yolox_x', pretrained, **kwargs)
+
+
+cspnet_yolox_nano_pan = register_pan('cspnet_yolox_nano_pan', _create)
+cspnet_yolox_tiny_pan = register_pan('cspnet_yolox_tiny_pan', _create)
+cspnet_yolox_s_pan = register_pan('cspnet_yolox_s_pan', _create)
+cspnet_yolox_m_pan = register_pan('cspnet_yolox_m_pan', _create)
+cspnet_yolox_l_pan = register_pan('cspnet_yolox_l_pan', _create)
+cspnet_yolox_x_pan = register_pan('cspnet_yolox_x_pan', _create)

@@ -1,0 +1,175 @@
+"""Necks: equal to the references' from the frameworks' own files, and at home on any backbone."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from safetensors import safe_open
+
+from cspnet_timm import BottomUp, CrossStage, PathAggregation, TopDown
+from cspnet_timm.checkpoints import CheckpointError
+from tests import foreign
+from tests.parity import FOLDER, load_fixture
+from tests.zoo import create, distance
+
+FAST = ('rtmdet_nano', 'yolox_nano', 'ppyoloe_plus_t', 'yolov5n', 'yolov8n', 'yolo11n', 'yolo26n')
+SLOW = ('rtmdet_s', 'yolox_s', 'ppyoloe_s')
+FIXTURES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+PARAMS = {  # of the neck alone, as the references count them
+    'rtmdet_': dict(nano=389184, tiny=2188944, s=3883200, m=11049408, l=23746688, x=43511040),
+    'yolox_': dict(nano=347424, tiny=1596096, s=2834688, m=8679168, l=19523072, x=36902400),
+    'ppyoloe_': dict(s=3417888, m=11726496, l=28024512, x=55004160),
+    'ppyoloe_plus_': dict(t=1217376, s=3417888, m=11726496, l=28024512, x=55004160),
+    'yolov5': dict(n=710784, s=2834688, m=8679168, l=19523072, x=36902400),
+    'yolov8': dict(n=986880, s=3939840, m=10224768, l=18238464, x=28491520),
+    'yolo11': dict(n=793696, s=3166400, m=8289792, l=11065856, x=24880896),
+    'yolo26': dict(n=897152, s=3574016, m=8622080, l=10544128, x=23705088),
+}
+
+
+def heads(fixture):
+    """The tensors that stand beside backbone and neck in a detector's file, all zero."""
+    with safe_open(FOLDER / f'neck_{fixture}.safetensors', 'pt') as file:
+        head = json.loads(file.metadata()['info'])['head']
+    return {k: torch.zeros(shape, dtype=torch.long if k.endswith('num_batches_tracked') else torch.float32)
+            for k, shape in head.items()}
+
+
+def write(fixture, path, state_dict, info):
+    """A detector's file in its framework's own container."""
+    return foreign.write(fixture.replace('rtmdet', 'cspnext'), path / f'detector{suffix(fixture)}', state_dict, info)
+
+
+def suffix(fixture):
+    return foreign.suffix(fixture.replace('rtmdet', 'cspnext'))
+
+
+def pyramid(name, file, **kwargs):
+    return timm.create_model(
+        name, pretrained=True, features_only=True, pretrained_cfg_overlay=dict(file=str(file)), **kwargs).eval()
+
+
+@pytest.mark.parametrize('fixture', FIXTURES)
+def test_a_detectors_file_gives_the_references_maps(fixture, tmp_path):
+    info, state_dict, x, outputs = load_fixture(f'neck_{fixture}')
+    head = {} if fixture.startswith('yolov5') else heads(fixture)  # the fixture's is not the one of its files
+    file = write(fixture, tmp_path, {**state_dict, **head}, info)
+    x = x.flip(1) if fixture.startswith(('yolox', 'rtmdet')) else x  # whose detectors take BGR
+    with torch.no_grad():
+        for name in (f'cspnet_{fixture}_pan', f'cspnet_{fixture}'):
+            model = pyramid(name, file)
+            for reduction, y in zip(model.feature_info.reduction(), model(x)):
+                key = f'neck{reduction}' if name.endswith('_pan') and reduction >= 8 else f'stride{reduction}'
+                if key in outputs:
+                    assert distance(y, outputs[key]) < 1e-5, key
+    model = timm.create_model(f'cspnet_{fixture}_pan', device='meta', num_classes=0)
+    assert sum(p.numel() for p in model.parameters()) == info['params'] + info['neck_params']
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(m.eps, m.momentum) for m in norms} == {(info['bn_eps'], info['bn_momentum'])}
+
+
+@pytest.mark.parametrize('family', PARAMS)
+def test_parameters(family):
+    for size, params in PARAMS[family].items():
+        name = f'cspnet_{family}{size}_pan'
+        if size in ('nano', 'n', 't', 's', 'x'):
+            neck = timm.create_model(name, device='meta').neck
+            assert sum(p.numel() for p in neck.parameters()) == params, name
+        assert timm.get_pretrained_cfg(name).license == timm.get_pretrained_cfg(name.removesuffix('_pan')).license
+
+
+def test_every_name_is_a_line_that_can_be_found():
+    source = '\n'.join(p.read_text() for p in (Path(__file__).parents[1] / 'cspnet_timm/families').glob('*.py'))
+    for name in timm.list_models('cspnet_*_pan'):
+        assert re.search(rf'^{name} = ', source, re.MULTILINE), name
+        entrypoint = timm.model_entrypoint(name)
+        assert entrypoint.__name__ == name and entrypoint.__doc__
+        assert getattr(__import__(entrypoint.__module__, fromlist=[name]), name) is entrypoint
+
+
+def test_weights_are_those_of_the_detector():
+    for name in timm.list_models('cspnet_*_pan', pretrained=True):
+        plain, cfg = (timm.get_pretrained_cfg(n).to_dict() for n in (name.replace('_pan', ''), name))
+        assert {**plain, 'architecture': None} == {**cfg, 'architecture': None}, name
+    assert 'cspnet_rtmdet_s_pan.rsb_a1_in1k' not in timm.list_pretrained('cspnet_rtmdet_s_pan')
+
+
+# The composition
+
+
+@pytest.mark.parametrize('channels', [(128, 256, 512), (64, 128)])
+@pytest.mark.parametrize('out_chs', [None, 32, 'own'])
+def test_on_any_channels(channels, out_chs):
+    out_chs = [8 * (i + 1) for i in range(len(channels))] if out_chs == 'own' else out_chs
+    neck = PathAggregation.for_channels(channels, out_chs)
+    expected = channels if out_chs is None else [32] * len(channels) if out_chs == 32 else out_chs
+    maps = [torch.randn(2, c, 32 >> i, 48 >> i) for i, c in enumerate(channels)]
+    assert [tuple(p.shape) for p in neck(maps)] == [(2, c, *x.shape[2:]) for c, x in zip(expected, maps)]
+    sum(p.square().mean() for p in neck(maps)).backward()
+    assert all(p.grad is not None for p in neck.parameters())
+
+
+def test_on_timms_backbone_with_a_stage_of_ones_own():
+    backbone = timm.create_model('resnet18', features_only=True, out_indices=(1, 2, 3, 4))
+    neck = PathAggregation.for_channels(
+        backbone.feature_info.channels(), 24,
+        stage=lambda in_chs, out_chs: CrossStage(
+            in_chs, out_chs, blocks=lambda c: nn.Conv2d(c, c, 3, padding=1), partial_ratio=0.25, fusion='last'))
+    maps = neck(backbone(torch.randn(2, 3, 70, 109)))  # odd at every stride
+    assert [tuple(p.shape) for p in maps] == [(2, 24, 18, 28), (2, 24, 9, 14), (2, 24, 5, 7), (2, 24, 3, 4)]
+    assert {type(node.stage) for node in [*neck.top_down, *neck.bottom_up]} == {CrossStage}
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(ValueError, match=r'in_chs=\[8\]'):
+        PathAggregation.for_channels([8])
+    with pytest.raises(ValueError, match=r'out_chs=\[8, 8\]'):
+        PathAggregation.for_channels([8, 16, 32], [8, 8])
+    with pytest.raises(ValueError, match='bottom_up has 1 entries'):
+        PathAggregation([TopDown(nn.Identity()), TopDown(nn.Identity())], [BottomUp(nn.Identity(), nn.Identity())])
+    with pytest.raises(ValueError, match='2 maps were given to a neck of 3 levels'):
+        PathAggregation.for_channels([8, 16, 32])([torch.zeros(1, 8, 4, 4), torch.zeros(1, 16, 2, 2)])
+
+
+def test_a_pyramid_that_only_goes_down():
+    neck = PathAggregation([TopDown(nn.Conv2d(12, 8, 1)), TopDown(nn.Conv2d(12, 4, 1))], outputs=[nn.Identity()] * 3)
+    maps = [torch.randn(1, c, s, s) for c, s in ((4, 8), (8, 4), (4, 2))]
+    fine, middle, coarse = neck(maps)
+    assert torch.equal(coarse, maps[2]) and fine.shape == (1, 4, 8, 8) and middle.shape == (1, 8, 4, 4)
+    enlarged = maps[2].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(middle, neck.top_down[0].stage(torch.cat([enlarged, maps[1]], dim=1)))
+    neck.prune([1])
+    assert torch.equal(neck(maps)[1], middle)
+    assert len(list(neck.parameters())) == 2  # of the one node that the map needs
+
+
+# The networks
+
+
+@pytest.mark.parametrize('out_indices', [(2,), (3,), (4,), (1, 3), (2, 4)])
+def test_an_extractor_has_no_parameter_that_its_maps_do_not_need(out_indices):
+    whole = create('cspnet_rtmdet_nano_pan')
+    model = timm.create_model('cspnet_rtmdet_nano_pan', features_only=True, out_indices=out_indices)
+    model.load_state_dict({f'model.{k}': v for k, v in whole.state_dict().items()}, strict=False)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(x, indices=list(out_indices), intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(model.eval()(x), expected))
+    assert len(expected) == len(out_indices)
+    sum(y.square().mean() for y in model.train()(x)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_file_without_a_neck(tmp_path):
+    info, state_dict, x, _ = load_fixture('cspnext_nano')
+    file = foreign.write('cspnext_nano', tmp_path / 'backbone.pth', state_dict, info)
+    with pytest.raises(CheckpointError, match='holds cspnet_rtmdet_nano without the neck of cspnet_rtmdet_nano_pan'):
+        pyramid('cspnet_rtmdet_nano_pan', file)
+    model = pyramid('cspnet_rtmdet_nano_pan', file, pretrained_strict=False)
+    plain = pyramid('cspnet_rtmdet_nano', file)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model(x)[:2], plain(x)[:2]))
