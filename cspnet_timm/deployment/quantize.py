@@ -5,16 +5,15 @@ Weights are symmetric with a scale per output channel, maps have one scale; a ma
 steps for the positive ones. Biases, sums, activations and what is no convolution stay as they were.
 """
 import copy
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['check_batches', 'quantize']
+from .native.ranges import Observer
 
-SAMPLES = 1 << 14  # values kept of each map of each calibration batch
-CLIPS = [1. - 0.02 * i for i in range(36)]  # of the largest value, down to 0.3
+__all__ = ['check_batches', 'quantize']
 
 
 class QuantizedLayer(nn.Module):
@@ -48,35 +47,6 @@ class QuantizedLayer(nn.Module):
         return F.linear(x, weight, layer.bias)
 
 
-class _Observer:
-    """Keeps a sample of the values that enter a layer."""
-
-    def __init__(self) -> None:
-        self.samples: List[torch.Tensor] = []
-        self.largest = 0.
-        self.signed = False
-
-    def __call__(self, layer: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].detach()
-        self.signed |= bool((x < 0).any())
-        x = x.abs().flatten().float()
-        self.largest = max(self.largest, float(x.max()))
-        self.samples.append(x[torch.randint(x.numel(), (min(SAMPLES, x.numel()),))])
-
-    def scale(self) -> float:
-        """The step with the least squared error over the sample, which may clip a few values."""
-        if not self.largest > 0:
-            return 1.
-        steps = 127 if self.signed else 255
-        x = torch.cat(self.samples)
-        best: Tuple[float, float] = (float('inf'), 1.)
-        for clip in CLIPS:
-            scale = self.largest * clip / steps
-            error = float((x.div(scale).round().clamp(max=steps).mul(scale) - x).square().mean())
-            best = min(best, (error, scale))
-        return best[1]
-
-
 def check_batches(calibration: Iterable[torch.Tensor]) -> List[torch.Tensor]:
     """Take the batches that scales shall come from.
 
@@ -96,6 +66,8 @@ def check_batches(calibration: Iterable[torch.Tensor]) -> List[torch.Tensor]:
         if not isinstance(batch, torch.Tensor) or batch.ndim != 4 or not batch.is_floating_point() or not len(batch):
             shape = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
             raise ValueError(f'calibration must give float tensors (B, C, H, W), not {shape}.')
+        if not bool(batch.isfinite().all()):
+            raise ValueError('calibration has images with NaN or infinity: no range of numbers covers those.')
     return batches
 
 
@@ -113,16 +85,15 @@ def quantize(model: nn.Module, calibration: Sequence[torch.Tensor]) -> nn.Module
         ValueError: If the network has no such layer.
     """
     model = copy.deepcopy(model)
-    observers: Dict[str, _Observer] = {}
+    observers: Dict[str, Observer] = {}
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            observers[name] = _Observer()
-            hooks.append(module.register_forward_pre_hook(observers[name]))
+            observer = observers[name] = Observer()
+            hooks.append(module.register_forward_pre_hook(lambda _, inputs, observer=observer: observer.see(inputs[0])))
     if not observers:
         raise ValueError('The model has no convolution and no linear layer: there is nothing to compute in int8.')
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad():
         for batch in calibration:
             model(batch)
     for hook in hooks:
@@ -131,5 +102,7 @@ def quantize(model: nn.Module, calibration: Sequence[torch.Tensor]) -> nn.Module
         parent, _, child = name.rpartition('.')
         layer = model.get_submodule(name)
         if observer.samples:
-            setattr(model.get_submodule(parent), child, QuantizedLayer(layer, observer.scale(), observer.signed).eval())
+            low, high = observer.range(symmetric=True)
+            scale = (high - low) / 255 if high > low else 1.
+            setattr(model.get_submodule(parent), child, QuantizedLayer(layer, scale, low < 0).eval())
     return model

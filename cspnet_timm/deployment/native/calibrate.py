@@ -1,16 +1,13 @@
 """What a plan's maps hold when it is given images, from which maps of bytes take their steps."""
-from typing import Dict, Iterator, Sequence, Tuple
+from typing import Dict, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from .plan import Plan
+from .ranges import Observer
 
 __all__ = ['calibrate', 'evaluate']
-
-SAMPLES = 1 << 12  # values kept of each map of each batch
-MOST = 1 << 14  # of all batches together
-SHARES = torch.linspace(1., 0.3, 29)  # of a map's largest value that are tried for the last step
 
 
 def evaluate(plan: Plan, x: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -93,45 +90,12 @@ def calibrate(plan: Plan, batches: Sequence[torch.Tensor]) -> Plan:
     Returns:
         The same plan, with its ``ranges``.
     """
-    count = len(plan.operations) + 1
-    low, high, samples = [0.] * count, [0.] * count, [[] for _ in range(count)]  # type: ignore[var-annotated]
     generator = torch.Generator().manual_seed(0)
+    observers = [Observer(generator) for _ in range(len(plan.operations) + 1)]
     with torch.no_grad():
         for batch in batches:
-            for i, v in enumerate(evaluate(plan, batch.float())):
-                low[i], high[i] = min(low[i], float(v.min())), max(high[i], float(v.max()))
-                v = v.flatten()
-                if len(v) > SAMPLES:
-                    v = v[torch.randint(len(v), (SAMPLES,), generator=generator)]
-                samples[i].append(v)
-    ranges = [(low[0], high[0], max(-low[0], high[0]))]  # of images black and white are to be kept
-    for a, b, s in zip(low[1:], high[1:], samples[1:]):
-        values = torch.cat(s)
-        if len(values) > MOST:
-            values = values[torch.randperm(len(values), generator=generator)[:MOST]]
-        ranges.append((*best_range(values, a, b), max(-a, b)))
+            for observer, v in zip(observers, evaluate(plan, batch.float())):
+                observer.see(v)
+    image = observers[0]  # whose black and white are to be kept
+    ranges = [(image.low, image.high, image.largest), *((*o.range(), o.largest) for o in observers[1:])]
     return Plan(plan.input_shape, plan.operations, plan.outputs, plan.tensors, ranges)
-
-
-def best_range(values: torch.Tensor, low: float, high: float) -> Tuple[float, float]:
-    """The range whose 256 steps leave the least squared error, which may clip a few values.
-
-    Args:
-        values: A sample.
-        low: The least value there is, not above zero.
-        high: The greatest, not below.
-
-    Returns:
-        The range's ends.
-    """
-    def least(lows: torch.Tensor, highs: torch.Tensor) -> Tuple[float, float]:
-        steps = ((highs - lows) / 255).clamp(min=1e-30)[:, None]
-        zeros = (-lows[:, None] / steps).round()
-        rounded = (values / steps + zeros).round().clamp(0, 255)
-        k = int(((rounded - zeros) * steps - values).square().mean(dim=1).argmin())
-        return float(lows[k]), float(highs[k])
-
-    ones = torch.ones_like(SHARES)
-    _, high = least(low * ones, high * SHARES)
-    low, _ = least(low * SHARES, high * ones)
-    return low, high

@@ -309,7 +309,7 @@ class _Check:
             furthest = max(furthest, block['a_off'])
         reach += furthest
         # The map itself.
-        pixels = self.most[f['in_place']] * f['in_h'] * f['in_w']
+        pixels = ((self.most[f['in_place']] - 1) * f['in_h'] + min(f['in_rows'], f['in_h'])) * f['in_w']
         if f['mode'] == MODE.DIRECT:
             self.map('in', f['in_off'], f['in_ps'], height, width, f['in_rows'], f['in_place'], 1)
             # A tile reads 16 positions whether they are there or not.

@@ -1,0 +1,83 @@
+"""Which range of numbers the 256 steps of a byte shall cover: what was seen of a map, and the search over it."""
+from typing import List, Optional, Tuple
+
+import torch
+
+__all__ = ['Observer', 'best_range']
+
+SAMPLES = 1 << 12  # values kept of each map of each batch
+MOST = 1 << 14  # of all batches together
+SHARES = torch.linspace(1., 0.3, 29)  # of a map's largest value that are tried for the last step
+
+
+class Observer:
+    """What a map held: its ends, and a sample of its values."""
+
+    def __init__(self, generator: Optional[torch.Generator] = None) -> None:
+        """
+        Args:
+            generator: For the sample; by default one of its own, always the same.
+        """
+        self.low, self.high = 0., 0.  # with zero between them
+        self.samples: List[torch.Tensor] = []
+        self.generator = generator or torch.Generator().manual_seed(0)
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude."""
+        return max(-self.low, self.high)
+
+    def see(self, values: torch.Tensor) -> None:
+        """Look at a map.
+
+        Args:
+            values: Any tensor of numbers.
+        """
+        values = values.detach().flatten().float()
+        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+        if len(values) > SAMPLES:
+            values = values[torch.randint(len(values), (SAMPLES,), generator=self.generator).to(values.device)]
+        self.samples.append(values)
+
+    def range(self, symmetric: bool = False) -> Tuple[float, float]:
+        """The range whose 256 steps leave the least squared error over the sample.
+
+        Args:
+            symmetric: Zero is the middle step, where there are negative values.
+
+        Returns:
+            The range's ends.
+        """
+        values = torch.cat(self.samples)
+        if len(values) > MOST:
+            values = values[torch.randperm(len(values), generator=self.generator)[:MOST].to(values.device)]
+        return best_range(values, self.low, self.high, symmetric)
+
+
+def best_range(values: torch.Tensor, low: float, high: float, symmetric: bool = False) -> Tuple[float, float]:
+    """The range whose 256 steps leave the least squared error, which may clip a few values.
+
+    Args:
+        values: A sample.
+        low: The least value there is, not above zero.
+        high: The greatest, not below.
+        symmetric: Zero is the middle step (128 of 0 to 255), where there are negative values.
+
+    Returns:
+        The range's ends.
+    """
+    def least(lows: torch.Tensor, highs: torch.Tensor) -> Tuple[float, float]:
+        lows, highs = lows.to(values.device), highs.to(values.device)
+        steps = ((highs - lows) / 255).clamp(min=1e-30)[:, None]
+        zeros = (-lows[:, None] / steps).round()
+        rounded = (values / steps + zeros).round().clamp(0, 255)
+        k = int(((rounded - zeros) * steps - values).square().mean(dim=1).argmin())
+        return float(lows[k]), float(highs[k])
+
+    if symmetric and low < 0:
+        highs = max(-low, high) * SHARES
+        return least(-highs * 128 / 127, highs)
+    ones = torch.ones_like(SHARES)
+    _, high = least(low * ones, high * SHARES)
+    low, _ = least(low * SHARES, high * ones)
+    return low, high
