@@ -4,6 +4,8 @@ The Hub is one on the loopback interface, with weights under the names of the re
 frameworks lie where the commands expect them. The commands of timm's scripts run in tests/test_timm_scripts.py.
 """
 import ast
+import contextlib
+import io
 import multiprocessing
 import os
 import re
@@ -45,13 +47,6 @@ def code():
             yield match.lastgroup, match[match.lastgroup]
 
 
-class MyBlocks(nn.Sequential):
-    """What the reader brings: blocks that keep the channels."""
-
-    def __init__(self, chs):
-        super().__init__(nn.Conv2d(chs, chs, 3, padding=1), nn.ReLU())
-
-
 def deploy_quickly():
     """In this process, deployment tries what is quick to convert, and measures little."""
     interleave = search.interleave
@@ -61,29 +56,37 @@ def deploy_quickly():
 
 
 def run_all(folder):
-    """Run everything, in one namespace; returns what came of it."""
+    """Run every block by itself, the expressions with what the first has made; returns what came of it."""
     os.chdir(folder)
     deploy_quickly()
-    names = {'timm': timm, 'cspnet_timm': cspnet_timm, 'images': torch.randn(2, 3, 64, 64), 'MyBlocks': MyBlocks}
-    results, claims = {}, {}
+    blocks, results, claims = [], {}, {}
     for kind, text in code():
         if kind == 'block':
-            exec(compile(text, 'README.md', 'exec'), names)
+            said = io.StringIO()
+            names = {'__name__': 'snippet'}
+            with contextlib.redirect_stdout(said):
+                exec(compile(text, 'README.md', 'exec'), names)
+            blocks.append({**names, 'said': said.getvalue()})
             for expression, value in re.findall(r'^(\w.*?)  +# (\[.*\])$', text, re.MULTILINE):
                 claims[expression] = eval(expression, names), ast.literal_eval(value)
         elif kind == 'expression':
-            results[text] = eval(text, names)
+            results[text] = eval(text, {'timm': timm, 'cspnet_timm': cspnet_timm, **(blocks[0] if blocks else {})})
         elif text.startswith('cspnet-timm '):
             done = subprocess.run(text, shell=True, capture_output=True, text=True)
             assert done.returncode == 0, f'{text}\n{done.stderr}'
             results[text] = done.stdout
-    image = names['transform'](Image.open('docs/sample.jpg'))[None]
+    classifier, maps, libraries, stage, deployed = blocks
+    image = classifier['image'][None]
     with torch.no_grad():
         return {
             'claims': claims,
-            'maps': [tuple(names[level].shape) for level in ('p3', 'p4', 'p5')],
-            'stage': tuple(names['stage'](torch.randn(2, 64, 8, 8)).shape),
-            'logits': names['model'](image),
+            'labels': classifier['said'].splitlines(),
+            'maps': [tuple(maps[level].shape) for level in ('p3', 'p4', 'p5')],
+            'losses': {name: loss.item() for name, loss in libraries['losses'].items()},
+            'masks': tuple(libraries['masks'].shape),
+            'stage': tuple(stage['out'].shape),
+            'deployed': tuple(deployed['logits'].shape),
+            'logits': classifier['model'](image),
             **{k: v.eval()(image) if isinstance(v, nn.Module) else str(v) for k, v in results.items()},
         }
 
@@ -119,8 +122,14 @@ def test_everything_ran(results):
 def test_the_values_in_the_comments(results):
     assert len(results['claims']) >= 2
     assert all(found == said for found, said in results['claims'].values()), results['claims']
-    assert results['maps'] == [(2, chs, 64 // stride, 64 // stride) for chs, stride in ((128, 8), (256, 16), (512, 32))]
-    assert results['stage'] == (2, 128, 8, 8)
+
+
+def test_what_the_snippets_make(results):
+    assert len(results['labels']) == 5 and all(re.match(r'\d+\.\d%  \w', line) for line in results['labels'])
+    assert results['maps'] == [(2, c, 320 // stride, 256 // stride) for c, stride in ((128, 8), (256, 16), (512, 32))]
+    assert len(results['losses']) == 3 and all(loss > 0 for loss in results['losses'].values())
+    assert results['masks'] == (2, 2, 64, 64) and results['stage'] == (2, 128, 32, 32)
+    assert results['deployed'] == (8, 1000)
 
 
 def test_the_released_weights_compute_what_timms_network_does(results):
