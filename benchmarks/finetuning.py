@@ -114,6 +114,8 @@ def tune(
         getattr(model, name).requires_grad_(False)
     images, labels, test_images, test_labels = digits(seed, per_class)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=lr, weight_decay=0.02, layer_decay=layer_decay)
+    for group in optimizer.param_groups:
+        group['lr'] *= group.get('lr_scale', 1.)  # timm's schedulers do that, torch's do not
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1., (step + 1) / 10) * (1 + math.cos(math.pi * step / STEPS)) / 2)
     for _ in range(STEPS):
