@@ -29,7 +29,9 @@ BOUND_8 = 0.1  # the same of maps and weights in bytes
 BOUND = 0.015  # relative distance of bfloat16 maps and weights to float32; OpenVINO has 0.010 where this has 0.0097
 
 
-@pytest.fixture(params=LEVELS)
+# The best first, as it is used; the others are slow.
+@pytest.fixture(params=[
+    pytest.param(name, marks=pytest.mark.slow if i else ()) for i, name in enumerate(reversed(list(LEVELS)))])
 def level(request, monkeypatch):
     """The engine as it is on a CPU that has less."""
     monkeypatch.setattr(build, 'cpu_flags', lambda: frozenset(LEVELS[request.param]))
@@ -83,7 +85,10 @@ def test_every_stage(network, build):
 
 @runs_here
 @pytest.mark.usefixtures('level')
-@pytest.mark.parametrize('name', ['cs3darknet_focus_m', 'cs3sedarknet_l', 'cspresnext50', 'mobilenetv3_small_100'])
+@pytest.mark.parametrize('name', [
+    'mobilenetv3_small_100', *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        'cs3darknet_focus_m', 'cs3sedarknet_l', 'cspresnext50')),
+])
 def test_models_of_timm(name):
     model, x = prepared(name), images(1, 3, 64, 64)
     engine, _ = check(model, x)
@@ -105,7 +110,8 @@ def test_features(name):
 
 @runs_here
 @pytest.mark.parametrize('precision, bound', [('bfloat16', BOUND), ('int8', BOUND_8)])
-@pytest.mark.parametrize('name', ['cspnet_nano', 'cspnet_resnext50_elastic'])
+@pytest.mark.parametrize(
+    'name', ['cspnet_nano', pytest.param('cspnet_resnext50_elastic', marks=pytest.mark.slow)])
 def test_batches_sizes_and_threads(name, precision, bound):
     model = prepared(name)
     plan = calibrate(lower(model, images(2, 3, 64, 64)), [images(8, 3, 96, 160, seed=8)])
