@@ -5,9 +5,9 @@
 Everything that is compared runs in turn in one process, and the medians are reported. The machine has to be quiet: if
 something else computes, nothing is reported. Five sections, of which ``--sections`` takes some:
 
-- ``routes``: the same network of this package, deployed, and of timm: eager, compiled (frozen weights), ONNX Runtime
-  and OpenVINO, in every precision that the hardware has (in int8 OpenVINO, rounded as ``deploy`` would round it); the
-  logits and, of the largest batch, the maps of ``features_only``.
+- ``routes``: a network of this package, deployed, and timm's (``PAIRS``): eager, compiled (frozen weights), ONNX
+  Runtime and OpenVINO, in every precision that the hardware has (in int8 OpenVINO, rounded as ``deploy`` would round
+  it); the logits and, of the largest batch, the maps of ``features_only``.
 - ``promise``: the paper's networks and the plain ones beside them, both deployed: the ratio of the times beside the
   ratio of the operations.
 - ``resolution``: one image of 224 to 640 pixels.
@@ -42,7 +42,7 @@ from cspnet_timm.deployment.backends import BACKENDS, TORCH_TYPES, Arrangement, 
 from cspnet_timm.deployment.machine import describe, interleave, native_precisions
 from cspnet_timm.deployment.search import TupleOutputs
 
-# The same network: this package's, and timm's.
+# This package's network, and timm's: the same, but for darknet53, where slope and order of the stages differ.
 PAIRS = {
     'medium': ('cspnet_medium', 'cs3darknet_focus_m'),
     'darknet53': ('cspnet_darknet53', 'cspdarknet53'),
@@ -328,6 +328,21 @@ def best_time(case: Dict[str, Any]) -> float:
     return times.get('ours deploy', times.get('csp', 0.))
 
 
+def conclusion(report: Dict[str, Any]) -> str:
+    """One sentence: in how many of the rows this package's network is ahead, and by how much."""
+    ratios = []
+    for case in report['cases']:
+        others = [v for k, v in case['milliseconds'].items() if k.startswith('timm')]
+        if case['section'] in ('routes', 'resolution') and others:
+            ratios.append(min(others) / best_time(case))
+    if not ratios:
+        return 'Nothing was measured beside timm.'
+    ahead = sum(ratio > 1 for ratio in ratios)
+    return (
+        f'deploy is ahead of the best that timm\'s network reaches by any road in {ahead} of {len(ratios)} rows; the '
+        f'ratio is {min(ratios):.2f} to {max(ratios):.2f}, {statistics.median(ratios):.2f} in the median.')
+
+
 def markdown(report: Dict[str, Any]) -> str:
     """The report as tables.
 
@@ -340,9 +355,9 @@ def markdown(report: Dict[str, Any]) -> str:
     machine, rates = report['machine'], report['rates']
     products = ', '.join(f'{v / 1e12:.2f} TFLOP/s in {k}' for k, v in rates['operations_per_second'].items())
     lines = [
-        '# All measurements', '',
-        'What `benchmarks/speed.py` has written: each network, precision and road, as [Deployment](deploy.md) sums up.',
-        '',
+        f'# Speed on {machine["device"]}, {report.get("date", "no date")}', '', f'**{conclusion(report)}**', '',
+        'What `benchmarks/speed.py` has written: each network, precision and road, as [Deployment](../../deploy.md) '
+        'sums up.', '',
         f'{machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}, timm {machine["timm"]}'
         f'{"".join(f", {k} {v}" for k, v in machine["libraries"].items())}; medians of {report["rounds"]} '
         'turns, all that stands in one row measured side by side.',
@@ -549,7 +564,8 @@ def run(args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
     cases: List[Dict[str, Any]] = []
     for name in (s for s in SECTIONS if s in args.sections):
         cases += sections[name]()
-        yield dict(machine=machine, rates=rates, rounds=args.rounds, busy=settings.was_busy, cases=cases)
+        yield dict(machine=machine, date=time.strftime('%Y-%m-%d'), rates=rates, rounds=args.rounds,
+                   busy=settings.was_busy, cases=cases)
 
 
 def joined(report: Dict[str, Any], path: Path) -> Dict[str, Any]:

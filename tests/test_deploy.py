@@ -278,7 +278,8 @@ def test_the_fastest_is_chosen(capsys):
     if BACKENDS[report.backend].forms(CPU):  # its other forms were tried
         assert {form for c in measured for form in c['forms']} >= {'join_partitions', 'split_merges'}
     printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == len(report.candidates) + 1 and all(line.startswith('deploy: ') for line in printed)
+    assert len(printed) == len(report.candidates) + 2 and all(line.startswith('deploy: ') for line in printed)
+    assert re.search(r'openvino \w+, onnxruntime float32, eager \w+ to try, about \d+ (s|min) in all', printed[0])
     assert report.backend in str(report) and f'{report.milliseconds:.2f} ms' in str(report)
     assert 'float32' in report.machine['precisions']
     quick(model, image(), backend='eager')

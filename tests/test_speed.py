@@ -68,6 +68,7 @@ def test_report(speed, made_once, tmp_path, monkeypatch, capsys):
             assert case['chosen']['difference'] < (0.5 if case['precision'] == 'int8' else 0.1)
             assert case['flops'] == pytest.approx(2 * 2 * 0.16e9 * 64 ** 2 / 256 ** 2, rel=0.1)
     table = (tmp_path / 'speed.md').read_text()
+    assert table.startswith('# Speed on ') and report['date'] in table and ' rows; the ratio is ' in table
     assert '`cspnet_nano`' in table and report['machine']['device'] in table
     assert 'Wrote' in capsys.readouterr().out
 

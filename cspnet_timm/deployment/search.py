@@ -331,7 +331,7 @@ def deploy(
         max_difference: Refuse what differs more from the model than this, ``|a - b| / |b|`` on the example; by
             default 0.001 in float32, 0.1 in half precision and 0.5 in int8, which only finds failures.
         seconds: About how long each candidate is measured.
-        progress: Print a line to the standard error for everything that is tried.
+        progress: Print to the standard error about how long it will take, and a line for everything that is tried.
         isolate: Convert, run for the first time and compare in a process of its own what makes machine code that this
             package has not tested, so that nothing can end this one: OpenVINO, ONNX Runtime and PyTorch's compiler.
             False does it here, which spares a second or two.
@@ -398,6 +398,7 @@ def deploy(
         left_out.update(trials.notes)
         if isolation is not None:
             isolation.trials = trials
+        say(_how_long(pairs, folded, seconds, limit))
         search = _Search(example, batches, trials, bounds, threads, seconds, progress, isolation)
         best = _find(search, pairs, folded)
     with torch.inference_mode(False), torch.no_grad():
@@ -409,6 +410,23 @@ def deploy(
     )
     say(str(report).splitlines()[0])
     return Deployed(best.converted, best.runner, report, single, device)
+
+
+def _how_long(pairs: Sequence[Tuple[str, str]], model: nn.Module, seconds: float, limit: float) -> str:
+    """What is said before the search begins: what is tried, and about how long it will take."""
+    hundreds = max(sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()) / 100, 0.1)
+    each = {name: 2 * seconds + BACKENDS[name].cost * hundreds for name, _ in pairs}
+    longest = max(each, key=each.__getitem__)
+    rest = 4 * min(each.values())  # the best one's forms and arrangements
+    text = f'{", ".join(f"{name} {precision}" for name, precision in pairs)} to try'
+    text += f', about {_round(sum(each.values()) + rest)} in all'
+    if len(pairs) > 1:
+        text += f', {_round(each[longest])} of them {longest}'
+    return text + (f'; what takes over {limit:g} s is given up' if any(BACKENDS[n].isolated for n in each) else '')
+
+
+def _round(seconds: float) -> str:
+    return f'{max(5 * round(seconds / 5), 5)} s' if seconds < 90 else f'{round(seconds / 60)} min'
 
 
 def _find(search: _Search, pairs: List[Tuple[str, str]], folded: nn.Module) -> _Candidate:

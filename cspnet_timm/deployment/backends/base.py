@@ -65,12 +65,14 @@ class Backend(abc.ABC):
         isolated: It compiles machine code that this package has not tested: :meth:`finish` and the first run belong
             in a process of their own.
         on_request: It takes too long to be tried unless it is asked for by name.
+        cost: About how many seconds a candidate takes for a hundred convolutions, for what is said of it beforehand.
     """
 
     name: ClassVar[str]
     runs_code: ClassVar[bool] = False
     isolated: ClassVar[bool] = False
     on_request: ClassVar[bool] = False
+    cost: ClassVar[float] = 5.
 
     @classmethod
     def unavailable(cls, device: torch.device) -> Optional[str]:

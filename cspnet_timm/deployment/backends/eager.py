@@ -16,6 +16,7 @@ class Eager(Backend):
     """PyTorch, an operation at a time: channels last, in the precision asked for."""
 
     name = 'eager'
+    cost = 1.
     runs_code = True
 
     def __init__(self, call: Callable[[torch.Tensor], Any], program: Callable[[], bytes]) -> None:

@@ -19,6 +19,7 @@ class Inductor(Backend):
     """``torch.compile`` ahead of time: weights frozen and packed; CUDA graphs on a GPU."""
 
     name = 'inductor'
+    cost = 60.
     runs_code = True
     isolated = True
     options: ClassVar[Dict[str, Any]] = {'freezing': True}
@@ -94,5 +95,6 @@ class InductorTuned(Inductor):
     """The same with the products tuned: minutes for a network, which paid for none that was measured."""
 
     name = 'inductor_tuned'
+    cost = 600.
     on_request = True
     options = {'freezing': True, 'max_autotune': True}

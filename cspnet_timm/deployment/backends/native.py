@@ -15,6 +15,7 @@ class Native(Backend):
     """This package's own engine, for processors with AVX-512: cross stages without copies, cheap activations."""
 
     name = 'native'
+    cost = 3.
 
     def __init__(self, plan: native.Plan) -> None:
         """

@@ -18,6 +18,7 @@ class OnnxRuntime(Backend):
     """ONNX Runtime, float32 on the CPU."""
 
     name = 'onnxruntime'
+    cost = 10.
     isolated = True
 
     def __init__(self, model: bytes) -> None:

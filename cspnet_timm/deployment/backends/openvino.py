@@ -20,6 +20,7 @@ class OpenVino(Backend):
     """Intel's inference engine, with streams of images that stay on a core of their own."""
 
     name = 'openvino'
+    cost = 5.
     isolated = True
 
     def __init__(self, model: Any, precision: str) -> None:
