@@ -113,3 +113,12 @@ def test_tutorial_arguments():
         timm.create_model('cspnet_tutorial', stage_channels=[16, 32])
     with pytest.raises(ValueError, match='7 levels cannot be built'):
         timm.create_model('cspnet_tutorial', stage_channels=[8] * 7, num_bottlenecks_per_stage=[1] * 7)
+
+
+def test_only_networks_of_timms_are_filed_beside_them():
+    entrypoints = map(timm.models.model_entrypoint, timm.list_models('cspnet_*'))
+    modules = {entrypoint.__module__.rpartition('.')[2] for entrypoint in entrypoints}
+    shared = {module for module in modules if any(
+        not name.startswith('cspnet_') for name in timm.list_models(module=module))}
+    assert shared == {'cspnet', 'cspnext'}
+    assert timm.list_models('cspnet_*', module='densenet') == []

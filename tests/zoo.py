@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from cspnet_timm.families import densenet, peleenet
+from cspnet_timm.families import cspdensenet, peleenet
 
 ALL = timm.list_models('cspnet_*')
 
@@ -57,9 +57,9 @@ def create_short(name, **kwargs):
     The structure and the channels of the maps are the model's.
     """
     # Dense layers, each wider than the one before, cannot be taken out of a network that is made.
-    depths = {variant: (3,) * len(depths) for variant, depths in densenet.SIZES.items()}
+    depths = {variant: (3,) * len(depths) for variant, depths in cspdensenet.SIZES.items()}
     blocks = [functools.partial(block.func, **{**block.keywords, 'depth': 2}) for block in peleenet._BLOCKS]
-    with mock.patch.dict(densenet.SIZES, depths), \
+    with mock.patch.dict(cspdensenet.SIZES, depths), \
             mock.patch.multiple(peleenet, _BLOCKS=blocks, _DEPTHS=[2] * len(blocks)):
         model = timm.create_model(name, **kwargs)
     for row in [m for m in model.modules() if isinstance(m, nn.Sequential)]:

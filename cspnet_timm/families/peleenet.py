@@ -1,7 +1,7 @@
 """CSPPeleeNet, after the paper's text, and the PeleeNet beside it, which is exact.
 
 The author of CSPPeleeNet released neither cfg nor weights of it. What the paper says and what is ours is as in
-``densenet.py``, but that PeleeNet's transitions keep the number of channels, the added one too; and a layer's
+``cspdensenet.py``, but that PeleeNet's transitions keep the number of channels, the added one too; and a layer's
 bottleneck is clipped by the channels that enter it here. The paper's figures are of other layers than these.
 
 Both have leaky ReLU of slope 0.1, as PeleeNet has in Darknet; in its own code it is ReLU (``act_layer='relu'``).
@@ -22,7 +22,7 @@ from ..blocks import DenseBlock
 from ..layers import ActLayer, ConvNormAct, NormLayer
 from ._builder import build_backbone, default_cfg, describe_weights, register_model
 from ._darknet import LEAKY
-from .densenet import partial_dense_levels
+from .cspdensenet import partial_dense_levels
 
 __all__: List[str] = []
 
