@@ -43,6 +43,7 @@ SIZES = {  # width, depth, separable 3×3 convolutions
     'cspnet_rtmdet_m': (0.75, 0.67, False),
     'cspnet_rtmdet_l': (1., 1., False),
     'cspnet_rtmdet_x': (1.25, 1.33, False),
+    'cspnet_rtmdet_x_p6': (1.25, 1.33, False),
 }
 
 
@@ -511,6 +512,12 @@ default_cfgs = describe_weights(with_pan({
         'wholebody_3d_keypoint/rtmw3d/rtmw3d-x_8xb64_cocktail14-384x288-b0a0eab7_20240626',
         f'{_COCKTAIL14}, in three dimensions', (384, 288), root=_POSE_V1),
 }))
+default_cfgs.update(describe_weights({  # its neck goes up to stride 64
+    'cspnet_rtmdet_x_p6.coco': _detector(
+        'https://github.com/orange0-jp/orange-weights/releases/download/v0.1.0rtmdet-p6/'
+        'rtmdet_x_p6_4xb8-300e_coco-bf32be58.pth',
+        license=_ORANGE, source='orange0-jp', size=1280, stride=64, ap=54.9),
+}))
 
 
 @register_model
@@ -547,6 +554,12 @@ def cspnet_rtmdet_l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
 def cspnet_rtmdet_x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """CSPNeXt-x: 1.25 times the large network's width, 1.33 times its depth."""
     return _create('cspnet_rtmdet_x', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_rtmdet_x_p6(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """CSPNeXt-x with a fifth level, at stride 64, for large images."""
+    return _create('cspnet_rtmdet_x_p6', pretrained, **kwargs)
 
 
 cspnet_rtmdet_nano_pan = register_pan('cspnet_rtmdet_nano_pan', _create)
