@@ -31,6 +31,7 @@ _NATIVE = re.compile(r'(stem|layer\d|neck|head\.(fc|conv))\.')
 _ROOTS = re.compile(r'((?:.*\.)?)(stem|layer1)\.')
 _NAMINGS: List['Naming'] = []
 _MAX_PREFIXES = 4
+_MAX_TENSORS = 8192
 # Names of what a network computes with. Everything else that has a value or a row of values only counts, observes or
 # remembers: n_averaged, total_ops, activation_post_process.min_val.
 _WEIGHTS = frozenset((
@@ -129,6 +130,8 @@ class Naming:
         whole = {k[len(outer):]: v for k, v in state_dict.items() if k.startswith(outer)}
         own = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
         own.update({k: v for k, v in whole.items() if k.startswith('head.fc.')})
+        if len(own) > _MAX_TENSORS:  # renaming may look through all of them for each
+            raise CheckpointError(f'holds {len(own)} tensors behind {prefix!r}, more than any network of these has.')
         try:
             renamed = self.rename(own, whole)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

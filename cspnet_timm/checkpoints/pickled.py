@@ -88,7 +88,7 @@ def describe(path: Path) -> Checkpoint:
             network=network,
             scale=scale,
             ema=average,
-            num_classes=len(labels) or classes,
+            num_classes=classes or len(labels) or None,
             labels=labels,
             license=license,
             bn_eps=clean_names(found.bn_eps),

@@ -30,13 +30,14 @@ _ENTRY = 104  # of a dict, at the worst point of its growth
 RECORD_PACKAGES = (
     'ultralytics', 'models', 'utils', 'yolox', 'mmengine', 'mmcv', 'mmdet', 'mmpose', 'mmpretrain', 'mmcls', 'mmseg',
     'mmyolo', 'mmrotate', 'ppdet', 'paddle', 'torch.nn', 'torch.optim', 'torch.amp', 'torch.cuda.amp',
-    'torchvision.transforms', 'torchvision.ops', 'timm', 'omegaconf', 'addict', 'yacs', 'easydict', 'pytorch_lightning',
+    'torchvision.transforms', 'torchvision.ops', 'torchvision.models', 'segmentation_models_pytorch', 'transformers',
+    'torchmetrics', 'timm', 'omegaconf', 'addict', 'yacs', 'easydict', 'pytorch_lightning',
     'lightning', 'lightning_fabric', 'super_gradients', 'cspnet_timm',
 )
 RECORD_CLASSES = frozenset(
     [('pathlib', f'{pure}{kind}Path') for pure in ('', 'Pure') for kind in ('Posix', 'Windows', '')]
     + [('datetime', name) for name in ('datetime', 'date', 'time', 'timedelta', 'timezone')]
-    + [('argparse', 'Namespace'), ('types', 'SimpleNamespace'), ('torch', 'Tensor')]
+    + [('argparse', 'Namespace'), ('types', 'SimpleNamespace'), ('torch', 'Tensor'), ('torch._C', 'Generator')]
 )
 
 TORCH_DTYPES = {
