@@ -157,7 +157,10 @@ class BackboneCfg:
 
     def __getstate__(self) -> Dict[str, Any]:
         # What a pickled model needs of it to load weights. The builders, often functions without a name, stay behind.
-        return {**self.__dict__, 'levels': (), 'act_layer': None, 'norm_layer': None, 'head': self.head and nn.Identity}
+        return {
+            **self.__dict__, 'levels': (), 'act_layer': None, 'norm_layer': None, 'file_layout': None,
+            'head': self.head and nn.Identity,
+        }
 
 
 class Fitted(Dict[str, torch.Tensor]):
@@ -242,7 +245,6 @@ class CspBackbone(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        self.file_layout = cfg.file_layout
         self.feature_info = []  # type: List[Dict[str, Any]]
 
         layers: Dict[str, Any] = dict(

@@ -172,7 +172,7 @@ def class_order() -> Tuple[int, ...]:
 
 def _layers(model: nn.Module) -> List[List[_Tensor]]:
     """The tensors of each convolution, in file order; of a model without such files, none."""
-    layout = getattr(model, 'file_layout', None)
+    layout = getattr(getattr(model, 'cfg', None), 'file_layout', None)
     layers = []
     for name in layout.order(model) if layout is not None else ():
         module: Any = model.get_submodule(name)
@@ -190,7 +190,7 @@ def _layers(model: nn.Module) -> List[List[_Tensor]]:
 
 
 def _tails(model: nn.Module) -> Tuple[Tail, ...]:
-    layout = getattr(model, 'file_layout', None)
+    layout = getattr(getattr(model, 'cfg', None), 'file_layout', None)
     return layout.tails if layout is not None else ()
 
 
@@ -431,7 +431,7 @@ def _read(path: Path, model: nn.Module, allow_partial: bool, classifier: bool) -
         )
     elif extent.held == len(layers) > len(_backbone(layers)):
         _sort_classes(state_dict, layers[-1])
-    layout: Any = model.file_layout
+    layout: Any = model.cfg.file_layout
     if layout.arrange is not None:
         layout.arrange(state_dict)
     return state_dict
