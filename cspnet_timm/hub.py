@@ -398,8 +398,11 @@ def _check_label_names(
     if isinstance(names, Mapping):
         sorted_names = sorted_labels(names, num_classes)
         if not sorted_names:
+            known = sum(1 for index in range(num_classes) if index in names or str(index) in names)
             raise ValueError(
-                f'label_names={dict(names)!r} are no names by index, or indices by name, of {num_classes} classes.')
+                f'label_names has {known} names of the classes 0 to {num_classes - 1}, and others beside them: it is '
+                'to be a list, names by index, or indices by name.'
+            )
         names = sorted_names
     names = list(names)
     if len(names) != num_classes:
