@@ -1,4 +1,4 @@
-"""The package's own networks, which hold the ImageNet weights of timm's ``cs3darknet`` models.
+"""The package's own networks, which load the ImageNet weights of timm's ``cs3darknet`` models.
 
 A focus stem (one 6×6 convolution of stride 2), then four times a 3×3 convolution of stride 2 and a cross stage of
 Darknet's residual blocks: one 1×1 convolution per branch, half the channels through the blocks, one 1×1 to merge. timm
