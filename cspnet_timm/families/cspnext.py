@@ -206,7 +206,7 @@ def _coco_ins(size: str, stamp: str, ap: float, mask_ap: float, batch: str = '8x
         f'{_DET}/{name}/{name}_{stamp}.pth', data='COCO, instance masks', task=SEGMENTATION, ap=ap, mask_ap=mask_ap)
 
 
-def _rotated(name: str, digest: str, data: str = 'DOTA-v1.0', size: int = 1024, **metrics: float) -> Dict[str, Any]:
+def _rotated(name: str, digest: str, data: str = 'DOTA-v1.0', size: int = 1024, **metrics: Any) -> Dict[str, Any]:
     return _detector(
         f'https://download.openmmlab.com/mmrotate/v1.0/rotated_rtmdet/rotated_rtmdet_{name}/'
         f'rotated_rtmdet_{name}-{digest}.pth',
