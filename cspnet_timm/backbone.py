@@ -157,10 +157,8 @@ class BackboneCfg:
 
     def __getstate__(self) -> Dict[str, Any]:
         # What a pickled model needs of it to load weights. The builders, often functions without a name, stay behind.
-        return {
-            **self.__dict__, 'levels': (), 'act_layer': None, 'norm_layer': None, 'file_layout': None,
-            'head': self.head and nn.Identity,
-        }
+        kept = {name: getattr(self, name) for name in ('bn_eps', 'bn_momentum', 'convert')}
+        return {**dict.fromkeys(self.__dict__), 'levels': (), **kept, 'head': self.head and nn.Identity}
 
 
 class Fitted(Dict[str, torch.Tensor]):

@@ -113,6 +113,13 @@ def test_a_pickled_model_still_loads_by_any_names(own):
     assert torch.equal(again.layer1.csp.merge.conv.weight, expected)
 
 
+@pytest.mark.parametrize('name', ('cspnet_yolox_nano_pan', 'cspnet_mobilenetv2', 'cspnet_yolo26n', 'cspnet_peleenet'))
+def test_pickled_models_are_recognised(name, tmp_path):
+    """No builder of a level, a neck or a head is pickled with them."""
+    torch.save(timm.create_model(name, num_classes=2), tmp_path / 'a.pt')
+    assert conversion.inspect(tmp_path / 'a.pt')[-1] == f'model: {name}'
+
+
 # Frozen batch norm
 
 
