@@ -19,7 +19,7 @@ WHY_NOT = unavailable()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 SIZES = [(1, 1), (4, 6), (7, 5), (16, 16), (9, 17)]
-CHANNELS = [1, 3, 16, 17, 31, 32, 33, 64, 96]
+CHANNELS = [1, 16, 17, 33, 64, 96]
 
 
 def conv(x, out, kernel=(1, 1), stride=1, pad=None, dilation=1, groups=1):
@@ -103,19 +103,22 @@ def plan_of(source, c, size, op, weights, fused):
     return plan, read, tested
 
 
-def check_operation(source, c, size, op, weights, fused, precision, threads, batch):
+def check_operation(source, c, size, op, weights, fused, precision, threads, batches):
     """The operation's result, of what the engine itself gave to it."""
     plan, read, tested = plan_of(source, c, size, op, weights, fused)
-    x = source.numbers(batch, 4, *size)
+    x = source.numbers(max(batches), 4, *size)
     if precision == 'int8':
         plan = calibrate(plan, [x])
     engine = NativeEngine(plan, threads, precision)
     smallest = 2. ** -14 if engine.tiles else 1e-20
     shapes = plan.shapes(*size)
     got = [y.double().numpy() for y in engine(x)]
+    for batch in batches:
+        for y, whole in zip(engine(x[:batch]), got):
+            assert np.array_equal(y.double().numpy(), whole[:batch]), f'{batch} images are not the same among {len(x)}'
     values = [None] * (len(plan.operations) + 1)
     for v, y in zip(read, got):
-        values[v] = y.reshape(batch, *shapes[v])
+        values[v] = y.reshape(len(x), *shapes[v])
     in_bytes = precision == 'int8' and not (3 in read and len(read) == 1) and op['op'] not in ('mean', 'zeros')
     exact = True
     for v in tested:
@@ -128,7 +131,7 @@ def check_operation(source, c, size, op, weights, fused, precision, threads, bat
                 len(tested) > 1 and plan.operations[i + 1]['op'] == 'act')
         values[v] = native_reference.operation(plan, i, values, shapes[v], weight)
         exact = exact and plan.operations[i]['op'] == 'conv'
-    expected, result = values[tested[-1]], got[-1].reshape(batch, *shapes[tested[-1]])
+    expected, result = values[tested[-1]], got[-1].reshape(len(x), *shapes[tested[-1]])
     assert result.shape == expected.shape
     largest = np.abs(expected).max() + 1e-30
     if in_bytes and op['op'] == 'cat':
@@ -171,7 +174,7 @@ def test_operations(name, precision):
             c, (title, op, weights) = found[k % len(found)]
             (threads, batch, fused), size = next(turns), next(sizes)
             try:
-                check_operation(Source(k), c, size, op, weights, FUSED[fused], precision, threads, batch)
+                check_operation(Source(k), c, size, op, weights, FUSED[fused], precision, threads, (batch,))
             except AssertionError as error:
                 raise AssertionError(f'{title} of {c} channels, {size}, batch {batch}, {threads} threads') from error
             except ValueError as error:
@@ -187,22 +190,20 @@ def test_all_operations(name, precision, c):
     done = 0
     with level(name):
         for k, (title, op, weights) in enumerate(operations(c)):
-            for size, threads, batch in itertools.product(SIZES, (1, 2), (1, 2, 3, 4, 5)):
-                for fused in FUSED if weights else FUSED[:1]:
-                    if fused != 'nothing' and (batch + threads + k) % 3:  # a third of them
-                        continue
-                    try:
-                        check_operation(Source(9 * k + batch), c, size, op, weights, fused, precision, threads, batch)
-                    except AssertionError as error:
-                        raise AssertionError(f'{title}, {size}, batch {batch}, {threads} threads, {fused}') from error
-                    except ValueError as error:
-                        assert 'leaves a map of' in str(error) or 'more than half' in str(error), (title, size)
-                        continue
-                    done += 1
+            for size, threads, fused in itertools.product(SIZES, (1, 2), FUSED if weights else FUSED[:1]):
+                try:
+                    check_operation(
+                        Source(k), c, size, op, weights, fused, precision, threads, (1, 2, 3, 4, 5))
+                except AssertionError as error:
+                    raise AssertionError(f'{title}, {size}, {threads} threads, {fused}') from error
+                except ValueError as error:
+                    assert 'leaves a map of' in str(error) or 'more than half' in str(error), (title, size)
+                    continue
+                done += 1
     print(f'{name} {precision} {c}: {done} operations')
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.data())
 def test_random_plans(data):
     """Any plan that is drawn is right on every batch, beside what is no number, and at every precision."""
@@ -215,7 +216,7 @@ def test_random_plans(data):
         native_fuzz.check_plan(plan, x, source, precision, source.pick([1, 2]), native_fuzz.small_caches(source))
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.data())
 def test_random_networks(data):
     """Any network that is drawn gives PyTorch's numbers, or is refused with the name of an operation."""
