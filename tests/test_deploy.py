@@ -400,10 +400,13 @@ def test_a_backend_that_is_not_installed(monkeypatch):
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'openvino' else find(name))
-    with pytest.raises(DeployError, match=r'openvino is not installed: pip install "cspnet-timm\[deploy\]"'):
+    with pytest.raises(DeployError, match='openvino is not installed: pip install openvino'):
         quick(timm.create_model('cspnet_nano'), image(), backend='openvino')
+    _, left_out = search._pairs('auto', 'auto', False, CPU)  # which the report shows
+    assert left_out['openvino'] == 'openvino is not installed: pip install openvino'
     monkeypatch.setenv('PATH', '')
     monkeypatch.delenv('CXX', raising=False)
+    assert 'no C++ compiler' in search._pairs('auto', 'auto', False, CPU)[1]['inductor']
     with pytest.raises(DeployError, match='compiler'):
         quick(timm.create_model('cspnet_nano'), image(), backend='inductor')
 
