@@ -31,7 +31,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = 'CSPNET_TIMM_WEIGHTS'
-USER_AGENT = 'cspnet-timm (+https://pypi.org/project/cspnet-timm)'  # some hosts answer 403 to those who have none
+USER_AGENT = 'cspnet-timm'  # some hosts answer 403 to those who have none
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.pdparams', '.weights', '.ckpt', '.tar')
 
 ANSWER_SECONDS = 8  # for a host to be found, to connect and to begin to answer
