@@ -13,7 +13,6 @@ from .packing import pack_depthwise, pack_weights
 from .placing import arrange
 from .plan import Plan
 from .program import Program
-from .records import JOB
 from .tuning import Tuning
 
 __all__ = ['NativeEngine']
@@ -174,15 +173,14 @@ class _Size:
         flat: List[int] = []
         keep = []
         address = 0
-        for program in {id(p): p for p, *_ in jobs}.values():
-            address = self.engine._room(program)  # one for all; it has grown to the largest when the last has asked
+        for program, first, _ in jobs:
+            if first == 0 or program is not jobs[0][0]:
+                address = self.engine._room(program)  # one for all; it has grown to the largest when the last has asked
         for program, start, count in jobs:
             pointers = (ctypes.c_int64 * len(results))(*(r[start:].data_ptr() for r in results))
             keep.append(pointers)
-            strides = dict(zip(('stride_n', 'stride_c', 'stride_h', 'stride_w'), x.stride()))
-            job = dict(program=program.compile(), arena=address, images=count, input=x[start:].data_ptr(),
-                       outputs=ctypes.addressof(pointers), **strides)
-            flat += [job[name] for name in JOB]
+            # The members of a job, in their order.
+            flat += [program.compile(), address, count, x[start:].data_ptr(), *x.stride(), ctypes.addressof(pointers)]
         self.engine._lib.csp_run(self.engine._threads(), (ctypes.c_int64 * max(len(flat), 1))(*flat), len(jobs))
         return [r.flatten(1) if vector else r.permute(0, 3, 1, 2) for r, (*_, vector) in zip(results, self.outputs)]
 
