@@ -18,7 +18,7 @@ from .backbone import CspBackbone
 from .checkpoints import Checkpoint, CheckpointError, darknet, open_checkpoint
 from .families._builder import WEIGHTS
 from .files import replaced_folder
-from .fitting import candidates
+from .fitting import candidates, with_neck
 from .naming import Native, to_native
 
 __all__ = ['Conversion', 'convert', 'inspect']
@@ -327,7 +327,10 @@ def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:
         ]
     with checkpoint:
         lines = checkpoint.lines()
-        lines.append(f'model: {_listed(_natives(checkpoint, look=True)[1])}')
+        native, names = _natives(checkpoint, look=True)
+        lines.append(f'model: {_listed(names)}')
+        if native is not None and (necks := [name for name in with_neck(native) if name not in names]):
+            lines.append(f'with neck: {_listed(necks)}')
         if tensors:
             lines += [
                 f'{name}: {"x".join(map(str, info.shape)) or "scalar"} {str(info.dtype).partition(".")[2]}'

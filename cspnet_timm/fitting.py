@@ -17,7 +17,7 @@ from .checkpoints import Checkpoint, CheckpointError
 from .naming import Native, StateDict, first_conv, is_bookkeeping, say_once, to_native
 from .sizes import activations_of, fingerprint, model_sizes, same_activation
 
-__all__ = ['Fit', 'candidates', 'fit', 'fit_native', 'recognise', 'tell_left_out']
+__all__ = ['Fit', 'candidates', 'fit', 'fit_native', 'recognise', 'tell_left_out', 'with_neck']
 
 _logger = logging.getLogger(__name__)
 
@@ -391,6 +391,24 @@ def _candidates(native: Native) -> List[str]:
         told = activations_of(native.activations)
         names = [name for name in names if rows[name].activations == told] or names
     return list(names)
+
+
+def with_neck(native: Native) -> List[str]:
+    """Find the networks with a neck that a checkpoint holds all of: a detector's file is a backbone's and theirs.
+
+    Args:
+        native: What :func:`~cspnet_timm.naming.to_native` has made of the checkpoint.
+
+    Returns:
+        Names of models.
+    """
+    tensors = {
+        key: value for key, value in native.tensors.items()
+        if not is_bookkeeping(key, value.ndim) and not key.endswith(f'.{_COUNTER}')
+    }
+    if not any(key.startswith('neck.') for key in tensors):
+        return []
+    return list(_by_fingerprint().get(fingerprint(tensors), []))
 
 
 def recognise(source: Contents) -> Optional[str]:

@@ -2,7 +2,8 @@
 
     python examples/detect.py --output found.png
 
-It is FCOS on a feature pyramid over ``layer2`` to ``layer4``, evaluated by COCO's mAP on images that it has not seen.
+It is FCOS on a feature pyramid over the strides 8, 16 and 32, evaluated by COCO's mAP on images that it has not seen. A
+model whose name ends in ``_pan`` brings the pyramid of the detector that it comes from.
 """
 import argparse
 from pathlib import Path
@@ -18,15 +19,62 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, random_seed
 from torch.utils.data import DataLoader
 from torchvision.models.detection import FCOS
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import box_iou
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 from torchvision.utils import draw_bounding_boxes
 
 Boxes = Dict[str, torch.Tensor]
 
 COLOURS = ('yellow', 'cyan', 'magenta')  # of the boxes around SHAPES
 ZOOM = 3  # of the images that are drawn
+
+
+class Pyramid(nn.Module):
+    """A backbone as torchvision's detectors take it: a dict of feature maps, all with as many channels.
+
+    Input ``(B, 3, H, W)``, output maps ``(B, out_channels, H / r, W / r)`` with r of 8 to 128.
+    """
+
+    def __init__(self, name: str, chs: int, **kwargs: Any) -> None:
+        """
+        Args:
+            name: A model with the strides 8, 16 and 32.
+            chs: Channels of the maps.
+            **kwargs: For ``timm.create_model``.
+        """
+        super().__init__()
+        self.body = timm.create_model(name, features_only=True, out_indices=(2, 3, 4), **kwargs)
+        channels = self.body.feature_info.channels()
+        extra = LastLevelP6P7(chs, chs)
+        self.fpn: nn.Module = FeaturePyramidNetwork(channels, chs, extra)
+        if name.endswith('_pan'):  # the levels have met already
+            self.fpn = Projections(channels, chs, extra)
+        self.out_channels = chs
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Compute the maps."""
+        return self.fpn({str(i): y for i, y in enumerate(self.body(x))})
+
+
+class Projections(nn.Module):
+    """1×1 convolutions in place of a pyramid: every map to as many channels."""
+
+    def __init__(self, channels: Sequence[int], chs: int, extra: nn.Module) -> None:
+        """
+        Args:
+            channels: Of the maps.
+            chs: Channels of the result.
+            extra: Adds coarser maps, as torchvision's pyramid has it.
+        """
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(c, chs, 1) for c in channels)
+        self.extra = extra
+
+    def forward(self, maps: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """Project each map."""
+        projected = [conv(y) for conv, y in zip(self.convs, maps.values())]
+        projected, names = self.extra(projected, list(maps.values()), list(maps))
+        return dict(zip(names, projected))
 
 
 def create_detector(name: str, size: int, chs: int = 64, **kwargs: Any) -> nn.Module:
@@ -41,11 +89,8 @@ def create_detector(name: str, size: int, chs: int = 64, **kwargs: Any) -> nn.Mo
     Returns:
         The detector, for the shapes and the ground.
     """
-    body = timm.create_model(name, **kwargs)
-    channels = {info['module']: info['num_chs'] for info in body.feature_info}
-    levels = {'layer2': '0', 'layer3': '1', 'layer4': '2'}
-    pyramid = BackboneWithFPN(body, levels, [channels[level] for level in levels], chs, LastLevelP6P7(chs, chs))
-    mean, std = (body.pretrained_cfg[key] for key in ('mean', 'std'))
+    pyramid = Pyramid(name, chs, **kwargs)
+    mean, std = (pyramid.body.pretrained_cfg[key] for key in ('mean', 'std'))
     return FCOS(pyramid, len(SHAPES) + 1, min_size=size, max_size=size, image_mean=mean, image_std=std)
 
 
@@ -170,6 +215,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--model', default='cspnet_nano', help='a model with the strides 8, 16 and 32')
     parser.add_argument('--pretrained', action='store_true', help='start from the backbone\'s released weights')
+    parser.add_argument('--weights', type=Path, help='file of weights to start from, where none are downloaded')
     parser.add_argument('--freeze-bn', action='store_true', help='for pretrained weights and few images per step')
     parser.add_argument('--epochs', type=int, default=12)
     parser.add_argument('--images', type=int, default=600, help='to train on; a quarter as many are held out')
@@ -187,7 +233,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     held_out = DataLoader(
         Scenes(args.images // 4, args.size, args.seed + 1), args.batch_size, collate_fn=collate)
     model = create_detector(
-        args.model, args.size, pretrained=args.pretrained,
+        args.model, args.size, pretrained=args.pretrained or args.weights is not None,
+        pretrained_cfg_overlay=dict(file=str(args.weights)) if args.weights else None,
         norm_layer='frozenbatchnorm2d' if args.freeze_bn else None).to(args.device)
     train(model, loader, args.epochs, args.lr)
     images, found, targets = detect(model, held_out)

@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 from cspnet_timm import BottomUp, CrossStage, PathAggregation, TopDown
 from cspnet_timm.checkpoints import CheckpointError
+from cspnet_timm.conversion import convert, inspect
+from cspnet_timm.fitting import candidates
 from tests import foreign
 from tests.parity import FOLDER, load_fixture
 from tests.zoo import create, distance
@@ -162,6 +164,17 @@ def test_an_extractor_has_no_parameter_that_its_maps_do_not_need(out_indices):
     assert len(expected) == len(out_indices)
     sum(y.square().mean() for y in model.train()(x)).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_inspect_and_convert_name_the_neck(tmp_path):
+    info, state_dict, *_ = load_fixture('neck_yolov8n')
+    file = write('yolov8n', tmp_path, {**state_dict, **heads('yolov8n')}, info)
+    lines = inspect(file)
+    assert 'model: cspnet_yolov8n' in lines and 'with neck: cspnet_yolov8n_pan' in lines
+    done = convert(file, tmp_path / 'out', model='cspnet_yolov8n_pan')
+    assert done.model.startswith('cspnet_yolov8n_pan') and done.distance < 1e-6
+    # A neck tells YOLO26 from YOLO11, whose backbones have the same tensors.
+    assert candidates(load_fixture('neck_yolo26n')[1]) == ['cspnet_yolo26n']
 
 
 def test_a_file_without_a_neck(tmp_path):
