@@ -8,7 +8,7 @@ from timm.layers import DropPath, use_fused_attn
 
 from .layers import ActLayer, ConvNormAct, NormLayer, PartialShortcut, create_act, zero_init
 
-__all__ = ['AttentionBlock', 'BottleneckBlock', 'ConcatOutputs', 'DarkBlock', 'DenseBlock', 'DenseLayer',
+__all__ = ['AttentionBlock', 'BasicBlock', 'BottleneckBlock', 'ConcatOutputs', 'DarkBlock', 'DenseBlock', 'DenseLayer',
            'ElasticBlock', 'InvertedResidual']
 
 
@@ -172,6 +172,63 @@ class BottleneckBlock(nn.Module):
         if self.shortcut is not None:
             y = self.shortcut(y, x)
         return self.act(y)
+
+
+class BasicBlock(nn.Module):
+    """ResNet's residual block of two 3×3 convolutions: the second is linear, the input is added, an activation follows.
+
+    With a re-parameterisable second convolution it is the block of DAMO-YOLO.
+
+    Paper: `Deep Residual Learning for Image Recognition`, https://arxiv.org/abs/1512.03385
+
+    Input ``(B, in_chs, H, W)``, output ``(B, out_chs, H, W)``.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            mid_chs: Optional[int] = None,
+            dilation: int = 1,
+            conv_layers: Tuple[Callable[..., nn.Module], Callable[..., nn.Module]] = (ConvNormAct, ConvNormAct),
+            act_layer: ActLayer = nn.ReLU,
+            norm_layer: NormLayer = nn.BatchNorm2d,
+            drop_path: float = 0.,
+            drop_block: Optional[Callable[[], nn.Module]] = None,
+            device: Optional[Union[torch.device, str]] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            mid_chs: Channels between the two convolutions, by default ``out_chs``.
+            dilation: Dilation of both.
+            conv_layers: What the two are, :class:`~cspnet_timm.layers.ConvNormAct` or its like.
+            act_layer: Activation of the first convolution and of the sum.
+            norm_layer: Normalisation of both.
+            drop_path: Probability of leaving the convolutions out, per sample.
+            drop_block: Creates the DropBlock behind the second convolution.
+            device: Where to create the parameters.
+            dtype: Type of the parameters.
+        """
+        super().__init__()
+        kwargs: Dict[str, Any] = dict(dilation=dilation, norm_layer=norm_layer, device=device, dtype=dtype)
+        mid_chs = mid_chs or out_chs
+        conv1, conv2 = conv_layers
+        self.conv1 = conv1(in_chs, mid_chs, 3, act_layer=act_layer, **kwargs)
+        self.conv2 = conv2(mid_chs, out_chs, 3, act_layer=None, drop_layer=drop_block, **kwargs)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.shortcut = PartialShortcut(in_chs, out_chs)
+        self.act = create_act(act_layer)
+
+    def zero_init_last(self) -> None:
+        """Start with the shortcut alone: set the last batch norms' gammas to zero."""
+        zero_init(self.conv2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform ``(B, in_chs, H, W)``."""
+        return self.act(self.shortcut(self.drop_path(self.conv2(self.conv1(x))), x))
 
 
 class ElasticBlock(nn.Module):

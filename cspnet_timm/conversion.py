@@ -19,7 +19,7 @@ from .checkpoints import Checkpoint, CheckpointError, darknet, open_checkpoint
 from .families._builder import WEIGHTS
 from .files import replaced_folder
 from .fitting import candidates, with_neck
-from .naming import Native, to_native
+from .naming import Native, foreign_project, to_native
 
 __all__ = ['Conversion', 'convert', 'inspect']
 
@@ -327,6 +327,8 @@ def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:
         ]
     with checkpoint:
         lines = checkpoint.lines()
+        if project := foreign_project(checkpoint.tensors):
+            lines.append(f'names: those of {project}')
         native, names = _natives(checkpoint, look=True)
         lines.append(f'model: {_listed(names)}')
         if native is not None and (necks := [name for name in with_neck(native) if name not in names]):

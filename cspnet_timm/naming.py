@@ -9,7 +9,7 @@ import functools
 import logging
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -17,8 +17,9 @@ import torch.nn as nn
 from .checkpoints import Checkpoint, CheckpointError, describe_mapping
 
 __all__ = [
-    'Native', 'Naming', 'Rule', 'StateDict', 'first_conv', 'is_bookkeeping', 'naming_of', 'namings', 'register_naming',
-    'rename_keys', 'roll_channels', 'say_once', 'to_native', 'unwrap',
+    'Native', 'Naming', 'Rule', 'StateDict', 'first_conv', 'focus_to_conv', 'foreign_project', 'is_bookkeeping',
+    'naming_of', 'namings', 'register_foreign_project', 'register_naming', 'rename_keys', 'roll_channels', 'say_once',
+    'to_native', 'unwrap',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ Rule = Tuple[str, Union[str, Callable[[re.Match], str]]]
 _NATIVE = re.compile(r'(stem|layer\d|neck|head\.(fc|conv))\.')
 _ROOTS = re.compile(r'((?:.*\.)?)(stem|layer1)\.')
 _NAMINGS: List['Naming'] = []
+_PROJECTS: Dict[str, Any] = {}
 _MAX_PREFIXES = 4
 _MAX_TENSORS = 8192
 # Names of what a network computes with. Everything else that has a value or a row of values only counts, observes or
@@ -79,6 +81,21 @@ def roll_channels(state_dict: StateDict, key: str, dims: Sequence[int], bypass_c
     """
     if key in state_dict and state_dict[key].ndim > max(dims):
         state_dict[key] = state_dict[key].roll([-bypass_chs] * len(dims), list(dims))
+
+
+def focus_to_conv(weight: torch.Tensor) -> torch.Tensor:
+    """Make the kernel of a focus stem one of a 6×6 convolution of stride 2 and padding 2, exactly.
+
+    Args:
+        weight: ``(out_chs, 4 · C, 3, 3)``; the four pixels of a patch are stacked in the order top left, bottom left,
+            top right, bottom right.
+
+    Returns:
+        The same numbers as ``(out_chs, C, 6, 6)``.
+    """
+    out_chs, chs = weight.shape[0], weight.shape[1] // 4
+    patches = weight.reshape(out_chs, 2, 2, chs, 3, 3)  # (out, column, row, channel, y, x)
+    return patches.permute(0, 3, 4, 2, 5, 1).reshape(out_chs, chs, 6, 6)
 
 
 @dataclass(frozen=True)
@@ -173,6 +190,22 @@ def register_naming(naming: Naming) -> Naming:
     """
     _NAMINGS[:] = [known for known in _NAMINGS if known.family != naming.family] + [naming]
     return naming
+
+
+def register_foreign_project(name: str, marker: str) -> None:
+    """Announce a project whose files are taken for a family's by their users, and hold other networks.
+
+    Args:
+        name: The project, for messages.
+        marker: Pattern of a key that its files have, without the prefixes that wrappers put before it.
+    """
+    _PROJECTS[name] = re.compile(rf'(?:(?:module|model|ema|state_dict|_orig_mod)\.)*(?:{marker})')
+
+
+def foreign_project(names: Iterable[str]) -> str:
+    """The project that a file's names are those of, '' if it is none that is known not to be read."""
+    names = list(names)
+    return next((project for project, marker in _PROJECTS.items() if any(map(marker.fullmatch, names))), '')
 
 
 def namings() -> Tuple[Naming, ...]:
@@ -292,6 +325,8 @@ def to_native(
     whole = checkpoint.meta_state_dict() if look else checkpoint.state_dict()
     origin = str(checkpoint.path) if checkpoint.path.name else 'The checkpoint'
     count = len(whole)  # before what the modules say is put beside the tensors
+    if project := foreign_project(whole):
+        raise CheckpointError(f'{origin}: has the names of {project}, whose networks this package does not read.')
     told = _tell(checkpoint, whole)
     weights = {k: v for k, v in whole.items() if not is_bookkeeping(k, v.ndim)}
 

@@ -10,4 +10,7 @@ FAMILIES = (
     'cspnet_ppyoloe_t',
     'cspnet_yolov8n',
     'cspnet_yolo11n',
+    'cspnet_yolov4_tiny',
+    'cspnet_yolov9t',
+    'cspnet_damo_m',
 )

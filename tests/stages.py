@@ -15,6 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 from cspnet_timm.backbone import BackboneCfg, Level, LevelArgs, Neck
 from cspnet_timm.blocks import (
     AttentionBlock,
+    BasicBlock,
     BottleneckBlock,
     ConcatOutputs,
     DarkBlock,
@@ -26,6 +27,7 @@ from cspnet_timm.blocks import (
 from cspnet_timm.cross_stage import ComposedStage, CrossStage
 from cspnet_timm.families._builder import build_backbone, default_cfg
 from cspnet_timm.families.peleenet import StemPool, TwoWayLayer
+from cspnet_timm.families.yolov9 import AverageDown, SplitDown
 from cspnet_timm.layers import ChannelSlice, ConvHead, ConvNormAct, RepConv, SeparableConv, SpatialPyramidPool
 from cspnet_timm.neck import BottomUp, PathAggregation, TopDown
 
@@ -94,12 +96,14 @@ def composed(blocks, chs=CHS // 2, entry=True, transition=False, merge=None, byp
     def build(in_chs, args):
         layers = args.layers
         out = chs if bypass is None else in_chs
+        made = blocks(chs if entry else in_chs, args)
         return ComposedStage(
-            blocks(chs if entry else in_chs, args),
+            made,
             entry=ConvNormAct(in_chs, chs, **layers) if entry else None,
             bypass=ConvNormAct(in_chs, out, **(bypass or {}), **layers),
             transition=ConvNormAct(chs, chs, **layers) if transition else None,
-            merge=(merge or (lambda c, args: ConvNormAct(c, CHS, **args.layers)))(chs + out, args),
+            merge=(merge or (lambda c, args: ConvNormAct(c, CHS, **args.layers)))(
+                getattr(made, 'out_chs', chs) + out, args),
         )
 
     return build
@@ -193,6 +197,21 @@ def split_second_half(chs, args):
     ))
 
 
+def averaged(cls):
+    return lambda chs, args: cls(chs, CHS, args.stride, args.first_dilation, **args.layers)
+
+
+def inner(chs, args):
+    """A part of YOLOv9's stage."""
+    rep = block(DarkBlock, kernel_size=(3, 3), conv_layers=(RepConv, ConvNormAct))
+    return nn.Sequential(OrderedDict(
+        csp=stage(row(rep), chs, fusion='first')(chs, args), conv=plain(chs, args)))
+
+
+def plain(chs, args):
+    return ConvNormAct(chs, chs, 3, dilation=args.dilation, **args.layers)
+
+
 NETWORKS = {
     # YOLO and its like: residual blocks, plain, separable and re-parameterisable; chains that keep every output.
     'detectors': BackboneCfg(
@@ -221,6 +240,13 @@ NETWORKS = {
         bn_eps=1e-3,
         head=functools.partial(ConvHead, hidden_size=24),
     ),
+    # YOLOv9's and DAMO-YOLO's: what averages before it strides, stages within a stage, an activation behind a sum.
+    'averaging': BackboneCfg(levels=(
+        stem(3),
+        level(averaged(AverageDown), composed(concatenated(inner, inner))),
+        level(averaged(SplitDown), composed(concatenated(plain, plain))),
+        level(down(), composed(row(block(BasicBlock, conv_layers=(ConvNormAct, RepConv))))),
+    )),
     # By itself, because the native engine has none.
     'attention': BackboneCfg(levels=(
         stem(3),

@@ -27,7 +27,7 @@ from ..blocks import ConcatOutputs, DarkBlock
 from ..checkpoints.darknet import DetectionConv, FileConv, Layout, Tail
 from ..cross_stage import ComposedStage, CrossStage
 from ..layers import ChannelSlice, ConvNormAct, down_pool
-from ..naming import roll_channels
+from ..naming import register_foreign_project, roll_channels
 from ._builder import License, describe_weights, register_model, web
 from ._darknet import (
     ALEXEYAB,
@@ -201,6 +201,12 @@ def _tiny_tails() -> Tuple[Tail, Tail]:
     )
     third = (FileConv(256, 64), FileConv(64 + 128, 128, 3), DetectionConv(128, 3))
     return Tail('cspnet_yolov4_tiny', tiny), Tail('cspnet_yolov4_tiny', tiny + third)
+
+
+# Of their authors' networks in PyTorch; the Darknet files are what is read here.
+register_foreign_project(
+    'ScaledYOLOv4 and PyTorch_YOLOv4 (GPL)', r'module_list\.\d+\.Conv2d\.weight|\d+\.cv[23]\.weight')
+register_foreign_project('YOLOv7 (GPL)', r'4\.conv\.weight')
 
 
 def _create(variant: str, pretrained: bool, cfg_act: Any, **kwargs: Any) -> CspBackbone:

@@ -12,14 +12,13 @@ from collections import OrderedDict
 from functools import partial
 from typing import Any, Callable, Dict
 
-import torch
 import torch.nn as nn
 
 from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
 from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
-from ..naming import Naming, register_naming, rename_keys
+from ..naming import Naming, focus_to_conv, register_naming, rename_keys
 from ._builder import (
     License,
     build_backbone,
@@ -33,7 +32,7 @@ from ._neck import reducing_neck, rename_reducing_neck
 from ._openmmlab import MMDETECTION, MMPOSE
 from ._weights import DETECTION, KEYPOINTS, with_pan
 
-__all__ = ['focus_to_conv']
+__all__ = []
 
 SIZES = {  # width, depth, separable 3×3 convolutions
     'cspnet_yolox_nano': (0.25, 0.33, True),
@@ -82,21 +81,6 @@ def _level(
         layers['spp'] = SpatialPyramidPool(out_chs, out_chs, entry_act_layer=args.layers['act_layer'], **args.layers)
     layers['csp'] = _cross_stage(out_chs, out_chs, args, depth, conv, shortcut=not last)
     return nn.Sequential(layers)
-
-
-def focus_to_conv(weight: torch.Tensor) -> torch.Tensor:
-    """Make the kernel of a focus stem one of a 6×6 convolution of stride 2 and padding 2, exactly.
-
-    Args:
-        weight: ``(out_chs, 4 · C, 3, 3)``; the four pixels of a patch are stacked in the order top left, bottom left,
-            top right, bottom right.
-
-    Returns:
-        The same numbers as ``(out_chs, C, 6, 6)``.
-    """
-    out_chs, chs = weight.shape[0], weight.shape[1] // 4
-    patches = weight.reshape(out_chs, 2, 2, chs, 3, 3)  # (out, column, row, channel, y, x)
-    return patches.permute(0, 3, 4, 2, 5, 1).reshape(out_chs, chs, 6, 6)
 
 
 _NECK = {  # of Megvii's files, beside those of OpenMMLab
