@@ -36,13 +36,11 @@ def _seed():
 
 def pytest_generate_tests(metafunc):
     from tests.stages import NETWORKS
-    from tests.zoo import ALL, BUT_SIZES_OF_NECKS, NECKS, representatives
+    from tests.zoo import ALL, NECKS, representatives
     every = metafunc.config.getoption('--all-models')
     whole = ALL if every else representatives()
     if 'any_model' in metafunc.fixturenames:
-        # Two sizes of a backbone with a neck differ in less than two sizes of a backbone.
-        metafunc.parametrize('any_model', [
-            name if name in BUT_SIZES_OF_NECKS else pytest.param(name, marks=pytest.mark.slow) for name in ALL])
+        metafunc.parametrize('any_model', ALL)
     if 'model_name' in metafunc.fixturenames:
         metafunc.parametrize('model_name', [
             pytest.param(name, marks=pytest.mark.slow) if name in NECKS[1:] else name for name in whole])

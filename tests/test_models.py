@@ -31,30 +31,46 @@ def test_there_are_models():
     assert all(word not in name for name in ALL for word in ('vit', 'dla', 'tresnet'))  # two libraries look for these
 
 
-def test_layout_and_default_cfg(any_model):
-    model = create_model(any_model, num_classes=3, device='meta').eval()
-    taps = [info['module'] for info in model.feature_info]
+def test_contract(any_model):
+    """Layout, default config, row of the table of sizes, shapes of all maps, device and dtype: all of one instance."""
+    model = create_model(any_model, device='meta', dtype=torch.bfloat16).eval()
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all(t.device.type == 'meta' for t in tensors)
+    assert all(t.dtype == torch.bfloat16 for t in tensors if t.is_floating_point())
+
+    infos = list(model.feature_info)
+    taps, channels, reductions = ([info[key] for info in infos] for key in ('module', 'num_chs', 'reduction'))
     names = ['stem'] + [f'layer{i}' for i in range(1, len(taps))]
     with_neck = any_model.endswith('_pan')
     assert [name for name, _ in model.named_children()] == [*names, *['neck'] * with_neck, 'head']
     first = len(taps) - len(model.neck.outputs) if with_neck else len(taps)
     assert taps == names[:first] + [f'neck.outputs.{i}' for i in range(len(taps) - first)]
-    assert [info['reduction'] for info in model.feature_info] == [2 ** (i + 1) for i in range(len(names))]
+    assert reductions == [2 ** (i + 1) for i in range(len(names))]
     for name, module in model.named_modules():
         assert not isinstance(module, BatchNormAct2d), name
         assert name.rsplit('.', 1)[-1] not in ('fuse', 'reparameterize', 'switch_to_deploy'), name
     assert type(next(m for m in model.modules() if not any(m.children()))) is nn.Conv2d  # as torchgeo expects
 
-    cfg, state_dict = model.pretrained_cfg, model.state_dict()
+    row, state_dict = model_sizes()[any_model], model.state_dict()
+    assert (row.parameters, row.channels, row.reductions, row.fingerprint) == (
+        count_parameters(model), tuple(channels), tuple(reductions), fingerprint(state_dict),
+    ), 'run: python benchmarks/tables.py'
+
+    cfg = model.pretrained_cfg
     assert cfg['license'] and cfg['architecture'] == any_model
     assert state_dict[f'{cfg["first_conv"]}.weight'].shape[1] == 3
-    assert state_dict[f'{cfg["classifier"]}.weight'].shape[0] == 3
-    features = model.forward_features(torch.empty(1, *cfg['input_size'], device='meta'))
-    assert tuple(features.shape[1:]) == (model.num_features, *cfg['pool_size'])
     assert resolve_data_config({}, model=model)['input_size'] == cfg['input_size']
+    model.reset_classifier(3)
+    assert model.state_dict()[f'{cfg["classifier"]}.weight'].shape[0] == 3
+
+    height, width = cfg['input_size'][1:]
+    features, maps = model.forward_intermediates(torch.empty(1, *cfg['input_size'], device='meta').bfloat16())
+    assert tuple(features.shape[1:]) == (model.num_features, *cfg['pool_size'])
+    assert [tuple(m.shape) for m in maps] == [(1, c, height // r, width // r) for c, r in zip(channels, reductions)]
+    assert model.forward_head(features).shape == (1, 3)
 
 
-@pytest.mark.parametrize('output_stride', [8, 16, 32])
+@pytest.mark.parametrize('output_stride', [8, *(pytest.param(s, marks=pytest.mark.slow) for s in (16, 32))])
 def test_feature_shapes(any_model, output_stride):
     if any_model.endswith('_pan') and output_stride < 32:
         with pytest.raises(ValueError, match=f'output_stride={output_stride} cannot be with a neck'):
@@ -68,25 +84,15 @@ def test_feature_shapes(any_model, output_stride):
         assert tuple(output.shape) == (1, chs, 128 // reduction, 192 // reduction)
 
 
-def test_row_of_the_table_of_sizes(any_model):
-    model, row = create_model(any_model, device='meta'), model_sizes()[any_model]
-    infos = list(model.feature_info)
-    assert (row.parameters, row.channels, row.reductions, row.fingerprint) == (
-        count_parameters(model),
-        tuple(info['num_chs'] for info in infos),
-        tuple(info['reduction'] for info in infos),
-        fingerprint(model.state_dict()),
-    ), 'run: python benchmarks/tables.py'
+@pytest.mark.slow
+def test_runs(any_model):
+    """With numbers, in a network of any size."""
+    model = create(any_model)
+    with torch.no_grad():
+        assert model(image(1)).isfinite().all()
 
 
-def test_device_and_dtype(any_model):
-    model = create_model(any_model, device='meta', dtype=torch.bfloat16)
-    tensors = [*model.parameters(), *model.buffers()]
-    assert all(t.device.type == 'meta' for t in tensors)
-    assert all(t.dtype == torch.bfloat16 for t in tensors if t.is_floating_point())
-
-
-# On the smallest model of each structure: arguments, numbers, compilers, training.
+# On the small networks of stages.py, or on the smallest model of each structure: arguments, numbers, training.
 
 
 @pytest.mark.parametrize('out_indices', [(0,), (-1,), (1, 3), (-3, -1), (3, 1), 2])
@@ -169,8 +175,8 @@ def test_forward_backward(model_name):
 
 
 def test_features_agree(model_name):
-    model, extractor = create(model_name), create(model_name, features_only=True)
-    extractor.load_state_dict(of_features(model.state_dict(), extractor))
+    model, extractor = create(model_name), create_model(model_name, features_only=True, device='meta').eval()
+    extractor.load_state_dict(of_features(model.state_dict(), extractor), assign=True)
     x = image_of_taps = image()
     with torch.no_grad():
         final, taps = model.forward_intermediates(x)
@@ -275,8 +281,8 @@ def test_reparameterize(model_name):
     x = image()
     with torch.no_grad():
         assert distance(fused(x), model(x)) < 1e-5
-        features = create_model(model_name, features_only=True)
-        features.load_state_dict(of_features(model.state_dict(), features))
+        features = create_model(model_name, features_only=True, device='meta')
+        features.load_state_dict(of_features(model.state_dict(), features), assign=True)
         for a, b in zip(reparameterize_model(features).eval()(x), model.forward_intermediates(x)[1]):
             assert distance(a, b) < 1e-5
 
@@ -315,8 +321,8 @@ def test_drop(network):
         assert not torch.equal(model.train()(x), model(x))
 
 
-def test_weights_round_trip(model_name, tmp_path):
-    model = create(model_name, num_classes=6)
+def test_weights_round_trip(network, tmp_path):
+    model = create(network, num_classes=6)
     path = tmp_path / 'model.pth'
     torch.save(dict(state_dict=model.state_dict()), path)
     x = image()
@@ -326,10 +332,10 @@ def test_weights_round_trip(model_name, tmp_path):
             dict(checkpoint_path=str(path), num_classes=6),
             dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=6)),
         ):
-            assert torch.equal(timm.create_model(model_name, **kwargs).eval()(x), expected)
+            assert torch.equal(timm.create_model(network, **kwargs).eval()(x), expected)
         adapted = timm.create_model(
-            model_name, pretrained=True, num_classes=3, in_chans=1, pretrained_cfg_overlay=dict(file=str(path))).eval()
+            network, pretrained=True, num_classes=3, in_chans=1, pretrained_cfg_overlay=dict(file=str(path))).eval()
         assert adapted(x[:, :1]).shape == (2, 3)
         taps = timm.create_model(
-            model_name, pretrained=True, features_only=True, pretrained_cfg_overlay=dict(file=str(path))).eval()(x)
+            network, pretrained=True, features_only=True, pretrained_cfg_overlay=dict(file=str(path))).eval()(x)
         assert all(torch.equal(a, b) for a, b in zip(taps, model.forward_intermediates(x)[1]))

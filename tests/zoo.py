@@ -48,6 +48,9 @@ def representatives():
 
 def create(name, **kwargs):
     """A model in eval mode with every parameter and every running statistic random, as trained weights are."""
+    if name.startswith(('cspnet_', 'stages_')):
+        # Without computing the values that it would be trained from.
+        return randomize(timm.create_model(name, device='meta', **kwargs).to_empty(device='cpu')).eval()
     return randomize(timm.create_model(name, **kwargs)).eval()
 
 
@@ -77,6 +80,7 @@ def randomize(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for key, value in model.state_dict().items():
         if not value.is_floating_point():
+            value.zero_()
             continue
         uniform = torch.rand(value.shape, generator=generator)
         normal = torch.randn(value.shape, generator=generator)
