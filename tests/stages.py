@@ -43,6 +43,9 @@ class Asked(dict):
     def __missing__(self, index):
         return self.setdefault(index, 0.)
 
+    def __bool__(self):
+        return True
+
 
 def level(*parts):
     """A level of parts, each called with the input's channels and the level's arguments; all give 16 channels."""

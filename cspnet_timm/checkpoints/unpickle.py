@@ -63,10 +63,11 @@ NUMPY_DTYPES: Dict[str, Tuple[torch.dtype, str]] = {
 class Budget:
     """Bytes that reading a file may take.
 
-    Twice the file's size, and a fixed allowance for the interpreter's own tables, so that tiny files can be read.
+    Twice the file's size, and a fixed allowance for the interpreter's own tables, so that tiny files can be read, and
+    those of a thousand tensors each of which has a few numbers.
     """
 
-    ALLOWANCE = 1 << 20
+    ALLOWANCE = 1 << 22
 
     def __init__(self, file_size: int) -> None:
         """
