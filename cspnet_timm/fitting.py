@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 
 from .checkpoints import Checkpoint, CheckpointError
-from .naming import Native, StateDict, first_conv, is_bookkeeping, say_once, to_native
-from .sizes import activations_of, fingerprint, model_sizes, same_activation
+from .naming import Native, StateDict, is_bookkeeping, say_once, to_native
+from .sizes import activations_of, fingerprint, first_conv, model_sizes, same_activation
 
 __all__ = ['Fit', 'candidates', 'fit', 'fit_native', 'recognise', 'tell_left_out', 'with_neck']
 

@@ -18,7 +18,8 @@ from timm.models import _factory, _helpers
 from .backbone import CspBackbone, Fitted
 from .checkpoints import CheckpointError, open_checkpoint, read_numbers
 from .fitting import Contents, Fit, fit, tell_left_out
-from .naming import Native, first_conv
+from .naming import Native
+from .sizes import first_conv
 
 __all__ = ['fit_to', 'fitted', 'install', 'opened']
 

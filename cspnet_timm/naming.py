@@ -15,9 +15,10 @@ import torch
 import torch.nn as nn
 
 from .checkpoints import Checkpoint, CheckpointError, describe_mapping
+from .sizes import first_conv
 
 __all__ = [
-    'Native', 'Naming', 'Rule', 'StateDict', 'first_conv', 'focus_to_conv', 'foreign_project', 'is_bookkeeping',
+    'Native', 'Naming', 'Rule', 'StateDict', 'focus_to_conv', 'foreign_project', 'is_bookkeeping',
     'naming_of', 'namings', 'register_foreign_project', 'register_naming', 'rename_keys', 'roll_channels', 'say_once',
     'to_native', 'unwrap',
 ]
@@ -254,11 +255,6 @@ class Native:
     def first_conv(self) -> str:
         """Name of the convolution that reads the image, '' if it is not there."""
         return first_conv(self.tensors)
-
-
-def first_conv(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """Name of the convolution that reads the image, '' if the state dict has none."""
-    return min((k for k, v in state_dict.items() if k.startswith('stem.') and v.ndim == 4), default='')
 
 
 def _own_prefixes(state_dict: Mapping[str, Any]) -> List[str]:

@@ -5,12 +5,14 @@
 import csv
 import functools
 import hashlib
+import re
 from dataclasses import astuple, dataclass, fields
 from importlib import resources
 from typing import Any, Dict, Iterable, List, Mapping, Tuple
 
 __all__ = [
-    'ModelSize', 'activations_of', 'comparable_shapes', 'fingerprint', 'format_rows', 'model_sizes', 'same_activation',
+    'ModelSize', 'activations_of', 'comparable_shapes', 'fingerprint', 'first_conv', 'format_rows', 'model_sizes',
+    'same_activation',
 ]
 
 Shapes = Tuple[Tuple[str, Tuple[int, ...]], ...]
@@ -56,6 +58,20 @@ _WORDS = ('model', 'module', 'fingerprint', 'activations')
 _SAME = {'Swish': 'SiLU', 'Hardswish': 'HardSwish'}  # classes of frameworks that do one thing
 
 
+def first_conv(state_dict: Mapping[str, Any]) -> str:
+    """Find the convolution that reads the image, whatever the order of the tensors.
+
+    Args:
+        state_dict: Tensors by this package's names, on any device.
+
+    Returns:
+        The name of its weight, '' if the state dict has none. It is called ``stem.conv`` or ``stem.conv1``, and where a
+        stem has no such layer it is the first by name.
+    """
+    kernels = (key for key, value in state_dict.items() if key.startswith('stem.') and len(value.shape) == 4)
+    return min(kernels, key=lambda key: (re.match(r'stem\.conv1?\.', key) is None, key), default='')
+
+
 def comparable_shapes(state_dict: Mapping[str, Any]) -> Shapes:
     """Say what state dicts of one network have in common, whoever trained it and for what.
 
@@ -70,7 +86,8 @@ def comparable_shapes(state_dict: Mapping[str, Any]) -> Shapes:
         k: tuple(v.shape) for k, v in state_dict.items()
         if not k.startswith('head.fc.') and not k.endswith('num_batches_tracked')
     }
-    for key in sorted(k for k, shape in shapes.items() if k.startswith('stem.') and len(shape) == 4)[:1]:
+    key = first_conv(state_dict)
+    if key in shapes:
         shapes[key] = shapes[key][:1] + shapes[key][2:]
     return tuple(sorted(shapes.items()))
 

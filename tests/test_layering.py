@@ -15,10 +15,10 @@ ALLOWED['neck'] = {'layers', 'blocks', 'cross_stage'}
 LAYERS.append('neck')
 ALLOWED['checkpoints'] = set()  # readers know modules and containers, and no family
 ALLOWED['sources'] = set()
-ALLOWED['naming'] = {'checkpoints'}
+ALLOWED['naming'] = {'checkpoints', 'sizes'}
 ALLOWED['fitting'] = {'checkpoints', 'naming', 'sizes'}
 ALLOWED['backbone'] |= {'fitting', 'naming'}
-ALLOWED['loading'] = {'backbone', 'checkpoints', 'fitting', 'naming'}
+ALLOWED['loading'] = {'backbone', 'checkpoints', 'fitting', 'naming', 'sizes'}
 ALLOWED['families'] = {*LAYERS, 'checkpoints', 'fitting', 'loading', 'naming', 'sources'}
 ALLOWED['deployment'] = {*LAYERS, 'files'}  # likewise
 ALLOWED['autoload'] = ALLOWED['files'] = set()
