@@ -37,7 +37,7 @@ class LevelArgs:
         stride: Stride that the level applies, 1 if ``output_stride`` has replaced it by dilation.
         first_dilation: Dilation of the convolution that would stride.
         dilation: Dilation of every other convolution.
-        drop_path: Drop path rate of each residual block, none if empty.
+        drop_path: Drop path rate of each residual block.
         drop_block: Creates the level's DropBlock, None if there is none.
         layers: ``act_layer``, ``norm_layer``, ``device`` and ``dtype``, for every layer to be created with.
         act_replaced: Whether ``act_layer`` is the caller's and not the network's.
@@ -67,8 +67,8 @@ class LevelArgs:
 
     def block_kwargs(self, index: int) -> Dict[str, Any]:
         """Arguments of the level's block number ``index``: dilation, drop path, DropBlock and the layers' own."""
-        drop_path = self.drop_path[index] if self.drop_path else 0.
-        return dict(dilation=self.dilation, drop_path=drop_path, drop_block=self.drop_block, **self.layers)
+        return dict(
+            dilation=self.dilation, drop_path=self.drop_path[index], drop_block=self.drop_block, **self.layers)
 
 
 class _DropPathRates(Tuple[float, ...]):
@@ -88,6 +88,13 @@ class _DropPathRates(Tuple[float, ...]):
                     f'Level(depth={len(self)}) has no residual block {index}: depth must count all that it builds.')
             self.used.add(index)
         return super().__getitem__(index)
+
+
+class _NoDropPath(Tuple[float, ...]):
+    """Drop path rates of a neck, whose blocks have no share in the schedule, however many they are."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return 0.
 
 
 @dataclass(frozen=True)
@@ -281,7 +288,7 @@ class CspBackbone(nn.Module):
         if cfg.neck is not None:
             levels = self.feature_info[-len(cfg.neck.out_chs):]
             args = LevelArgs(
-                1, 1, 1, (), drop_block=None,
+                1, 1, 1, _NoDropPath(), drop_block=None,
                 layers={**layers, 'act_layer': act_layer or cfg.neck.act_layer or cfg.act_layer},
                 act_replaced=act_layer is not None,
             )
