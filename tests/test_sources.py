@@ -1,6 +1,7 @@
 """Weights from hosts that fail, from folders, and on machines without a network."""
 import hashlib
 import multiprocessing
+import random
 import socket
 import time
 from concurrent.futures import ProcessPoolExecutor
