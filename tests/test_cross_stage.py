@@ -4,11 +4,14 @@ import itertools
 import pytest
 import torch
 import torch.nn as nn
+from timm.layers import GELU
 
 import cspnet_timm
-from cspnet_timm import ComposedStage, CrossStage
+from cspnet_timm import BackboneCfg, ComposedStage, CrossStage, CspBackbone, Level
 from cspnet_timm.blocks import ConcatOutputs, DarkBlock
-from cspnet_timm.layers import ChannelSlice
+from cspnet_timm.deployment.forms import join_partitions, split_merges
+from cspnet_timm.layers import ChannelSlice, ConvNormAct
+from tests import parity
 
 
 class Record(nn.Module):
@@ -119,3 +122,73 @@ def test_public_names():
         assert getattr(cspnet_timm, name).__doc__
     with pytest.raises(AttributeError, match='no_such_name'):
         cspnet_timm.no_such_name  # noqa: B018
+
+
+# What is said of a level, and what it builds.
+
+
+def _levels(**wrong):
+    def build(in_chs, args):
+        return nn.Sequential(
+            ConvNormAct(in_chs, 8, 3, stride=args.stride, dilation=args.first_dilation, **args.layers),
+            *[DarkBlock(8, 8, **args.block_kwargs(i)) for i in range(2)])
+
+    right = Level(build, 8, depth=2)
+    return BackboneCfg(levels=(right, Level(build, **{'out_chs': 8, 'depth': 2, **wrong}), right))
+
+
+@pytest.mark.parametrize('wrong, match', [
+    (dict(out_chs=16), r'layer1: .*out_chs=16, stride=2\) makes \(1, 16, .*makes \(1, 8,'),
+    (dict(depth=1), r'depth=1\) has no residual block 1'), (dict(depth=0), r'depth=0\) has no residual block 0'),
+    (dict(depth=3), r'layer1: .*depth=3\).*does not build: \[2\]'),
+])
+def test_a_level_is_what_is_said_of_it(wrong, match):
+    assert CspBackbone(_levels(), num_classes=0).feature_info[1] == dict(num_chs=8, reduction=4, module='layer1')
+    with pytest.raises(ValueError, match=match):
+        CspBackbone(_levels(**wrong), num_classes=0)
+
+
+def test_a_stride_that_is_not_said():
+    def still(in_chs, args):
+        return ConvNormAct(in_chs, 8, 3, **args.layers)
+
+    with pytest.raises(ValueError, match=r'stem: .*stride=2\) makes'):
+        CspBackbone(BackboneCfg(levels=(Level(still, 8), Level(still, 8))), num_classes=0)
+    model = CspBackbone(BackboneCfg(levels=(Level(still, 8, stride=1), Level(still, 8, stride=1))), num_classes=0)
+    assert [info['reduction'] for info in model.feature_info] == [1, 1]
+
+
+def test_a_second_activation_gives_way_to_the_callers():
+    def build(in_chs, args):
+        return nn.Sequential(
+            ConvNormAct(in_chs, 8, 3, stride=args.stride, **args.layers),
+            ConvNormAct(8, 8, **args.layers_with('relu')), ConvNormAct(8, 8, **args.layers_with(None)))
+
+    cfg = BackboneCfg(levels=(Level(build, 8), Level(build, 8)))
+    for act_layer, kinds in ((None, [nn.SiLU, nn.ReLU]), ('gelu', [GELU, GELU])):
+        model = CspBackbone(cfg, num_classes=0, act_layer=act_layer)
+        assert [type(m) for n, m in model.stem.named_modules() if n.endswith('act')] == kinds
+
+
+def test_a_map_may_have_the_bypass_first():
+    x = torch.randn(1, 4, 3, 3)
+    stage = ComposedStage(nn.ReLU(), bypass_first=True)
+    assert torch.equal(stage(x), torch.cat([x, x.relu()], dim=1))
+    stage.grad_checkpointing = True
+    assert torch.equal(stage(x.requires_grad_()), torch.cat([x, x.relu()], dim=1))
+    assert join_partitions(nn.Sequential(stage)) is None and split_merges(nn.Sequential(stage)) is None
+
+
+def test_a_fixture_is_written(tmp_path, monkeypatch):
+    reference = nn.Sequential(ConvNormAct(3, 4, 3, stride=2), ConvNormAct(4, 6, 3, stride=2))
+    parity.write_fixture(
+        'small', reference, {'stride2': '0', 'stride4': ''}, (1, 3, 16, 24), folder=tmp_path, source='here')
+    monkeypatch.setattr(parity, 'FOLDER', tmp_path)
+    info, state_dict, x, outputs = parity.load_fixture('small')
+    again = nn.Sequential(ConvNormAct(3, 4, 3, stride=2), ConvNormAct(4, 6, 3, stride=2)).eval()
+    again.load_state_dict(state_dict)
+    with torch.no_grad():
+        assert torch.equal(again[0](x), outputs['stride2']) and torch.equal(again(x), outputs['stride4'])
+    assert info['params'] == sum(p.numel() for p in again.parameters()) and info['bn_eps'] == 1e-5
+    with pytest.raises(ValueError, match="no modules \\['7'\\]"):
+        parity.write_fixture('other', reference, {'stride2': '7'}, (1, 3, 16, 24), folder=tmp_path)
