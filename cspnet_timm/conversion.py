@@ -117,7 +117,7 @@ def _choose_tag(name: str, path: Path, num_classes: Optional[int]) -> str:
     """The set of weights whose preprocessing the file most likely has.
 
     That is the one that is published under the file's name; else the first with a classifier, if the file has one,
-    or without, if it has none.
+    or without, if it has none: that of the detector trained on COCO, where there is one.
     """
     architecture, tag = split_model_name_tag(name)
     if tag:
@@ -127,9 +127,9 @@ def _choose_tag(name: str, path: Path, num_classes: Optional[int]) -> str:
         if path.name in ((cfg.url or '').rpartition('/')[2], (cfg.origin_url or '').rpartition('/')[2]):
             return full
     if num_classes is not None:
-        for full, cfg in cfgs.items():
-            if bool(cfg.num_classes) == bool(num_classes):
-                return full
+        alike = [full for full, cfg in cfgs.items() if bool(cfg.num_classes) == bool(num_classes)]
+        if alike:
+            return min(alike, key=lambda full: not full.endswith('.coco'))
     return next(iter(cfgs), architecture)
 
 

@@ -65,11 +65,11 @@ def first_conv(state_dict: Mapping[str, Any]) -> str:
         state_dict: Tensors by this package's names, on any device.
 
     Returns:
-        The name of its weight, '' if the state dict has none. It is called ``stem.conv`` or ``stem.conv1``, and where a
-        stem has no such layer it is the first by name.
+        The name of its weight, '' if the state dict has none. It is called ``stem.conv`` or is the first of
+        ``stem.conv1`` and its like; where a stem has no such layer it is the first by name.
     """
     kernels = (key for key, value in state_dict.items() if key.startswith('stem.') and len(value.shape) == 4)
-    return min(kernels, key=lambda key: (re.match(r'stem\.conv1?\.', key) is None, key), default='')
+    return min(kernels, key=lambda key: (re.match(r'stem\.conv\d?\.', key) is None, key), default='')
 
 
 def comparable_shapes(state_dict: Mapping[str, Any]) -> Shapes:

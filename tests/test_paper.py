@@ -295,7 +295,8 @@ def test_weights_are_described():
         assert (cfg.mean, cfg.std, cfg.interpolation, cfg.crop_pct) == ((0.,) * 3, (1.,) * 3, 'bilinear', 1.0)
         assert bool(cfg.has_weights) is redmon  # the others lie on Google Drive and in a repository without a licence
     assert WEIGHTS['cspnet_resnext50_mish.omega_in1k'].metrics == dict(top1=79.8, top5=95.2, size=256)
-    assert {tag.partition('.')[2] for tag in WEIGHTS if tag.startswith('cspnet_resnext50.')} == {'in1k', 'gamma_in1k'}
+    assert {tag.partition('.')[2] for tag in WEIGHTS if tag.startswith('cspnet_resnext50.')} == {
+        'in1k', 'gamma_in1k', 'coco'}
     for name in AFTER:
         assert not any(weights.startswith(f'{name}.') for weights in WEIGHTS)  # the paper's figures are not theirs
 
@@ -339,7 +340,9 @@ def doc_rows(compared=False):
 
 def test_documented_weights():
     rows = {row[0].strip('`'): row for row in doc_rows() if '.' in row[0]}
-    ours = {name for name in WEIGHTS if name.partition('.')[0] in PAPER or name.startswith('cspnet_plain_')}
+    ours = {
+        name for name, info in WEIGHTS.items() if info.task == 'classification'
+        and (name.partition('.')[0] in PAPER or name.startswith('cspnet_plain_'))}
     assert set(rows) == ours
     for name, (_, file, top1, top5, pixels, licence) in rows.items():
         info = WEIGHTS[name]
