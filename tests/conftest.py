@@ -35,6 +35,7 @@ def _seed():
 
 
 def pytest_generate_tests(metafunc):
+    from tests.samples import FAMILIES
     from tests.stages import NETWORKS
     from tests.zoo import ALL, NECKS, representatives
     every = metafunc.config.getoption('--all-models')
@@ -46,7 +47,9 @@ def pytest_generate_tests(metafunc):
             pytest.param(name, marks=pytest.mark.slow) if name in NECKS[1:] else name for name in whole])
     own = [mark.args[0] for mark in metafunc.definition.iter_markers('parametrize')]
     if 'network' in metafunc.fixturenames and 'network' not in own:
-        metafunc.parametrize('network', [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in whole)])
+        # One of each family: what these tests look at is in the small networks once already.
+        more = whole if every else (*FAMILIES, NECKS[0])
+        metafunc.parametrize('network', [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in more)])
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_runs(any_model):
         assert model(image(1)).isfinite().all()
 
 
-# On the small networks of stages.py, or on the smallest model of each structure: arguments, numbers, training.
+# On the small networks of stages.py, or on a model of each family: arguments, numbers, training.
 
 
 @pytest.mark.parametrize('out_indices', [(0,), (-1,), (1, 3), (-3, -1), (3, 1), 2])

@@ -1,6 +1,6 @@
 """What walks through a network: compilers, exporters, engines. They see its blocks and stages, whatever its size.
 
-Each runs on the small networks of ``stages.py``; on whole networks, the smallest of each structure, ``-m slow``.
+Each runs on the small networks of ``stages.py``; on whole networks, one of each family, ``-m slow``.
 """
 import io
 
