@@ -24,7 +24,8 @@ LEVELS = {'vnni': build.NEEDED, 'bfloat16': build.NEEDED + build.BFLOAT16, 'tile
 LEVELS = {name: units for name, units in LEVELS.items() if build.cpu_flags().issuperset(units)}
 
 # Self-attention is not what the engine does. Nothing else may be added here without a reason.
-UNSUPPORTED = {'stages_attention', 'cspnet_yolo11m', 'cspnet_yolo11m_cls', 'cspnet_yolo11n', 'cspnet_yolo11n_cls'}
+UNSUPPORTED = {'stages_attention', 'cspnet_yolo11m', 'cspnet_yolo11m_cls', 'cspnet_yolo11n', 'cspnet_yolo11n_cls',
+               'cspnet_yolo11n_pan', 'cspnet_yolo26n_pan'}
 BOUND_8 = 0.1  # the same of maps and weights in bytes
 BOUND = 0.015  # relative distance of bfloat16 maps and weights to float32; OpenVINO has 0.010 where this has 0.0097
 
