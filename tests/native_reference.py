@@ -175,5 +175,8 @@ def run(plan: Any, x: np.ndarray, rounded: str = 'no', smallest: float = 1e-20) 
     shapes = plan.shapes(*x.shape[2:])
     values: List[Any] = [kept(x, 0)]
     for i in range(len(plan.operations)):
-        values.append(kept(operation(plan, i, values, shapes[i + 1]), i + 1))
+        value = operation(plan, i, values, shapes[i + 1])
+        # What is only moved keeps the steps that it has.
+        moved = plan.operations[i]['op'] in ('cat', 'slice', 'pool', 'upsample') and rounded == 'int8'
+        values.append(value if moved else kept(value, i + 1))
     return values

@@ -316,3 +316,21 @@ def test_one_search_for_the_ranges_of_both_quantisers():
     observer = Observer()
     observer.see(values.abs())
     assert observer.range(symmetric=True)[0] == 0
+
+
+@pytest.mark.parametrize('name', LEVELS)
+@pytest.mark.parametrize('precision', ['bfloat16', 'int8'])
+def test_images_as_the_residual(name, precision):
+    """An image has no room behind its channels, where other maps have some."""
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.next = nn.Conv2d(17, 17, 3, padding=1), nn.Conv2d(17, 8, 1)
+
+        def forward(self, x):
+            return self.next(x + self.conv(x))
+
+    model, x = Network().eval(), torch.randn(3, 17, 5, 6)
+    with level(name), torch.no_grad():
+        got, = NativeEngine(calibrate(lower(model, x), [x]), 2, precision)(x)
+        assert (got - model(x)).norm() < 0.05 * model(x).norm()

@@ -75,9 +75,9 @@ class _Check:
         self.images = 1  # of a step at most
 
     def fail(self, what: str) -> ValueError:
-        names = KIND._value2member_map_
-        kind = names.get(self.f['kind'])
-        return ValueError(f'The program\'s layer {self.number} ({kind.name if kind else self.f["kind"]}) has {what}.')
+        kind = self.f['kind']
+        name = KIND(kind).name if 0 <= kind < len(KIND) else kind
+        return ValueError(f'The program\'s layer {self.number} ({name}) has {what}.')
 
     def between(self, low: int, value: int, high: int, what: str) -> None:
         if not low <= value <= high:

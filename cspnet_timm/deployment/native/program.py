@@ -191,9 +191,10 @@ def _convolution(r: Record, layer: Layer, packed: Dict[str, Any], images: int, t
         v, res = layer.outs[index], layer.res
         assert v.buffer is not None
         offset, stride, rows, place = _place(v)
-        # The last block of a buffer also fills the room behind it.
+        # The last block of a buffer also fills the room behind it, unless the residual has none.
         whole = v.offset + v.c == v.buffer.c and first + count == v.c and (
-            layer.is_f32 or (v.offset + first + 32) * item <= stride)
+            layer.is_f32 or (v.offset + first + 32) * item <= stride) and (
+            res is None or 32 * res.item <= _place(res)[1])
         block = dict.fromkeys(BLOCK, 0)
         block.update(out_off=offset + first * item, out_ps=stride, out_rows=rows, out_place=place,
                      nstore=32 if whole else count, a_off=a_off)
