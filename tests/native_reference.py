@@ -127,7 +127,7 @@ def step_and_zero(numbers: Range, smallest: float) -> Tuple[float, float]:
     """What a step of a map in bytes stands for, and which byte stands for zero."""
     low, high, _ = numbers
     step = (high - low) / 255
-    step = step if step > smallest else 1. if low == high else smallest
+    step = step if step > smallest else 2. ** -14 if low == high else smallest
     return float(np.float32(step)), float(round(-low / step))
 
 
@@ -177,6 +177,6 @@ def run(plan: Any, x: np.ndarray, rounded: str = 'no', smallest: float = 1e-20) 
     for i in range(len(plan.operations)):
         value = operation(plan, i, values, shapes[i + 1])
         # What is only moved keeps the steps that it has.
-        moved = plan.operations[i]['op'] in ('cat', 'slice', 'pool', 'upsample') and rounded == 'int8'
+        moved = plan.operations[i]['op'] in ('slice', 'pool', 'upsample') and rounded == 'int8'
         values.append(value if moved else kept(value, i + 1))
     return values

@@ -334,3 +334,28 @@ def test_images_as_the_residual(name, precision):
     with level(name), torch.no_grad():
         got, = NativeEngine(calibrate(lower(model, x), [x]), 2, precision)(x)
         assert (got - model(x)).norm() < 0.05 * model(x).norm()
+
+
+@pytest.mark.parametrize('c', [241, 248, 255])
+@pytest.mark.parametrize('name', LEVELS)
+def test_channels_that_nearly_fill_the_sets_of_the_cache(name, c):
+    """Pixels of 256 bytes are set apart by 64 more, but not where a step of the product goes over their borders."""
+    op, weights = conv(1, 24, (3, 3))
+    with level(name):
+        check_operation(Source(0), c, (7, 5), op, weights, 'nothing', 'int8', 1, (2,))
+
+
+@pytest.mark.parametrize('name', LEVELS)
+def test_zeros_beside_a_map_cost_its_weights_nothing(name):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 8, 1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x):
+            return self.b(nn.functional.pad(self.a(x), (0, 0, 0, 0, 0, 8)))
+
+    model, x = Network().eval(), torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    with level(name), torch.no_grad():
+        got, = NativeEngine(calibrate(lower(model, x), [x]), 1, 'int8')(x)
+        assert (got - model(x)).norm() < 0.02 * model(x).norm()

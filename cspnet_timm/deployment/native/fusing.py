@@ -124,7 +124,8 @@ def _quantize(plan: Plan, values: List[Value], tiles: bool) -> None:
                     getattr(values[v], name) if numbers is None else torch.full((values[v].c,), numbers[k])
                     for v, numbers in zip(parts, scales)]) for k, name in enumerate(('scale', 'zero')))
         elif source.is8 and kind == 'zeros':
-            out.scale, out.zero = torch.ones(out.c), torch.zeros(out.c)
+            # A step of any size stands for them; a large one would cost the weights beside them their precision.
+            out.scale, out.zero = torch.full((out.c,), SMALLEST_STEP), torch.zeros(out.c)
         elif source.is8:
             part = slice(op.get('start'), op.get('stop'))
             out.scale, out.zero = source.scale[part], source.zero[part]  # type: ignore[index]
@@ -133,7 +134,7 @@ def _quantize(plan: Plan, values: List[Value], tiles: bool) -> None:
 def _scale_and_zero(numbers: Range, tiles: bool) -> Tuple[float, float]:
     low, high, _ = numbers
     step, smallest = (high - low) / 255, SMALLEST_STEP if tiles else 1e-20
-    step = step if step > smallest else 1. if low == high else smallest
+    step = step if step > smallest else SMALLEST_STEP if low == high else smallest
     return step, float(round(-low / step))
 
 

@@ -215,7 +215,7 @@ def _convolution(r: Record, layer: Layer, packed: Dict[str, Any], images: int, t
         span = (width - 1) * s + (kw - 1) * d + 1
     patch = (kh * kw * tap_c * size + 63) // 64 * 64
     px = tap_c * size
-    if mode == MODE.BAND and px % 256 == 0:
+    if mode == MODE.BAND and px % 256 == 0 and not packed['dense']:
         px += 64  # or the pixels of a tile would share a few sets of the first-level cache
     per_row = {MODE.DIRECT: width * f['in_ps'], MODE.PATCH: width * patch, MODE.BAND: span * px * s * planes}[mode]
     everything = images * f['out_h']
