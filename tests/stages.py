@@ -8,6 +8,7 @@ import functools
 import re
 from collections import OrderedDict
 
+import timm
 import torch.nn as nn
 from timm.layers import EffectiveSEModule
 from timm.models import generate_default_cfgs, register_model
@@ -351,3 +352,9 @@ def _kind(module):
 def forms(model):
     """The forms of the package's own modules in a model, but that of the model itself."""
     return {form(m) for m in model.modules() if m is not model and type(m).__module__.startswith('cspnet_timm.')}
+
+
+@functools.cache
+def known_forms():
+    """The forms that the networks of this file have."""
+    return set().union(*(forms(timm.create_model(name, device='meta')) for name in NETWORKS))

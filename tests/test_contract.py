@@ -203,7 +203,7 @@ def test_batches_are_cut_into_few_sizes():
 
 
 @pytest.mark.parametrize('backend', [
-    pytest.param(name, marks=pytest.mark.slow if name.startswith('inductor') else ()) for name in BACKENDS])
+    pytest.param(name, marks=pytest.mark.slow if name.startswith(('inductor', 'o')) else ()) for name in BACKENDS])
 @pytest.mark.parametrize('within', [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_outputs_are_ordinary_tensors(backend, within, deployed_once):
     deployed, x = deployed_once(backend)

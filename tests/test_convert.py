@@ -62,6 +62,7 @@ def test_darknet(fixture, name, others, tmp_path):
     assert done.model.startswith(name) and done.found == 'Darknet weights file'
 
 
+@pytest.mark.slow
 def test_push(tmp_path):
     path, _, _ = write('yolox_nano', tmp_path)
     with Hub() as server:
@@ -106,7 +107,9 @@ def test_preprocessing_follows_the_kind_of_file(tmp_path):
     detector = {k: v for k, v in state_dict.items() if not k.startswith('head.')}
     detector['bbox_head.rtm_cls.0.bias'] = torch.zeros(80)
     path = foreign.openmmlab_file(tmp_path / 'b.pth', detector)
-    assert conversion.convert(path, tmp_path / 'detector').preprocessing == 'cspnet_rtmdet_tiny.coco'
+    preprocessing = conversion.convert(path, tmp_path / 'detector').preprocessing
+    transforms = [timm.get_pretrained_cfg(name) for name in (preprocessing, 'cspnet_rtmdet_tiny.coco')]
+    assert len({(cfg.mean, cfg.std, cfg.interpolation, cfg.crop_pct) for cfg in transforms}) == 1
     model = timm.create_model(f'local-dir:{tmp_path / "detector"}', pretrained=True).eval()
     with torch.no_grad():
         assert distance(model.forward_features(x.flip(1)), outputs['stride32']) < 1e-5

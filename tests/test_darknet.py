@@ -344,7 +344,7 @@ def test_truncated_is_not_partial(mobile, tmp_path):
     refuse(write(tmp_path / 'b.conv.9', []), 'too few', pretrained_strict=False)
 
 
-FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def read_or_refuse(path, model, **kwargs):

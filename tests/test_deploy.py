@@ -35,8 +35,9 @@ DATA = [name for name, backend in BACKENDS.items() if not backend.runs_code]
 GPU = torch.device('cuda')
 # What rounding may make of a network with random statistics.
 BOUNDS = {'float32': 1e-4, 'bfloat16': 0.05, 'int8': 0.2}
+SLOW_BACKENDS = {'inductor', 'inductor_tuned', 'onnxruntime'}
 CASES = [  # one precision of each backend is fast, but for the compiler
-    pytest.param(name, precision, marks=pytest.mark.slow if name.startswith('inductor') or i else ())
+    pytest.param(name, precision, marks=pytest.mark.slow if name in SLOW_BACKENDS or i else ())
     for name, backend in BACKENDS.items() for i, precision in enumerate(backend.precisions(CPU)) if precision in BOUNDS
 ]
 
@@ -224,7 +225,8 @@ def test_backend(backend, precision, tmp_path):
     assert distance(whole, deployed(x)) < 1e-6 and distance(first, deployed(x[:1])) < 1e-6
 
 
-@pytest.mark.parametrize('backend', DATA)
+@pytest.mark.parametrize('backend', [
+    pytest.param(name, marks=pytest.mark.slow if name.startswith('o') else ()) for name in DATA])
 def test_features(backend):
     needs(backend)
     model = create('cspnet_yolov8n', features_only=True, out_indices=(1, 2, 4))
@@ -268,6 +270,7 @@ def test_a_model_is_left_as_it_was():
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_fastest_is_chosen(capsys):
     names = [name for name in ('openvino', 'onnxruntime', 'eager') if BACKENDS[name].unavailable(CPU) is None]
     model = create('cspnet_nano')

@@ -320,6 +320,7 @@ def test_a_dropped_connection_is_tried_again(client, hub, repo, tmp_path):
     assert client(pull, repo, tmp_path) == pushed
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_uploads_commits_nothing(client, hub, repo, tmp_path):
     client(push, repo, seed=1)
     before = dict(hub.repos[repo].files())
@@ -396,6 +397,7 @@ def test_weights_of_another_network(client, hub, repo, tmp_path):
     assert error == 'CheckpointError' and 'holds cspnet_nano, not cspnet_tiny' in message
 
 
+@pytest.mark.slow
 def test_the_cache_serves_while_the_hub_is_away(tmp_path):
     with Hub() as hub, environment(**client_environment(hub, tmp_path / 'home')):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:

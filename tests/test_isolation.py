@@ -50,6 +50,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_what_ends_its_process_is_a_line_of_the_report(plants, capfd, monkeypatch):
     started = []
     popen = subprocess.Popen

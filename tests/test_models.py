@@ -14,7 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from cspnet_timm.counting import count_parameters
 from cspnet_timm.sizes import fingerprint, model_sizes
-from tests.zoo import ALL, create, distance, of_features
+from tests.stages import forms, known_forms
+from tests.zoo import ALL, create, create_short, distance, of_features
 
 SIZE = 64
 
@@ -55,6 +56,9 @@ def test_contract(any_model):
     assert (row.parameters, row.channels, row.reductions, row.fingerprint) == (
         count_parameters(model), tuple(channels), tuple(reductions), fingerprint(state_dict),
     ), 'run: python benchmarks/tables.py'
+
+    missing = forms(model) - known_forms()  # a stage or a block that no compiler would see
+    assert not missing, f'put into a network of tests/stages.py: {missing}'
 
     cfg = model.pretrained_cfg
     assert cfg['license'] and cfg['architecture'] == any_model
@@ -166,7 +170,7 @@ def test_group_matcher(model_name):
 
 
 def test_forward_backward(model_name):
-    model = create_model(model_name, num_classes=10)
+    model = create_short(model_name, num_classes=10).train()
     y = model(image())
     assert y.shape == (2, 10) and y.isfinite().all()
     y.square().mean().backward()
@@ -175,8 +179,8 @@ def test_forward_backward(model_name):
 
 
 def test_features_agree(model_name):
-    model, extractor = create(model_name), create_model(model_name, features_only=True, device='meta').eval()
-    extractor.load_state_dict(of_features(model.state_dict(), extractor), assign=True)
+    model, extractor = create_short(model_name), create_short(model_name, features_only=True)
+    extractor.load_state_dict(of_features(model.state_dict(), extractor))
     x = image_of_taps = image()
     with torch.no_grad():
         final, taps = model.forward_intermediates(x)
@@ -275,14 +279,14 @@ def test_bfloat16_and_channels_last(network):
 
 def test_reparameterize(model_name):
     # As timm's scripts do it: on a model that is still in train mode.
-    model = create(model_name)
+    model = create_short(model_name)
     fused = reparameterize_model(copy.deepcopy(model).train()).eval()
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
     x = image()
     with torch.no_grad():
         assert distance(fused(x), model(x)) < 1e-5
-        features = create_model(model_name, features_only=True, device='meta')
-        features.load_state_dict(of_features(model.state_dict(), features), assign=True)
+        features = create_short(model_name, features_only=True)
+        features.load_state_dict(of_features(model.state_dict(), features))
         for a, b in zip(reparameterize_model(features).eval()(x), model.forward_intermediates(x)[1]):
             assert distance(a, b) < 1e-5
 

@@ -172,6 +172,7 @@ def test_elastic_block_halves_the_second_half():
 @pytest.mark.parametrize('name', ['cspnet_resnet50', 'cspnet_resnext50_elastic', 'cspnet_darknet53_elastic',
                                   'cspnet_mobilenetv2', 'cspnet_plain_resnet50', 'cspnet_peleenet'])
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
+@pytest.mark.slow
 def test_output_stride(name, output_stride):
     model = timm.create_model(name, device='meta', output_stride=output_stride)
     reductions = [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
@@ -185,6 +186,7 @@ def test_output_stride(name, output_stride):
 
 @pytest.mark.parametrize('name', ['cspnet_resnext50_elastic', 'cspnet_darknet53', 'cspnet_plain_resnext50',
                                   'cspnet_mobilenetv2', 'cspnet_peleenet', 'cspnet_densenet121'])
+@pytest.mark.slow
 def test_any_size(name):
     model = timm.create_model(name, device='meta').eval()
     for height, width in ((33, 47), (65, 1), (224, 200)):
@@ -206,6 +208,7 @@ def test_zero_init_last(name):
 
 @pytest.mark.parametrize('name', ['cspnet_resnet50', 'cspnet_resnext50_elastic', 'cspnet_darknet53_elastic',
                                   'cspnet_mobilenetv2', 'cspnet_densenet121', 'cspnet_peleenet'])
+@pytest.mark.slow
 def test_drop_path_and_drop_block(name):
     model = timm.create_model(name, device='meta', drop_path_rate=0.4, drop_block_rate=0.1)
     rates = [m.drop_prob for m in model.modules() if type(m).__name__ == 'DropPath']
@@ -351,6 +354,7 @@ def test_documented_weights():
         assert info.terms.label == licence
 
 
+@pytest.mark.slow
 def test_documented_comparison(benchmark):
     rows = doc_rows(compared=True)
     assert len(rows) >= 10 and len(rows) % 2 == 0

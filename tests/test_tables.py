@@ -30,6 +30,7 @@ def test_rows_are_right():
     assert not wrong, f'run: python benchmarks/tables.py --recount ({wrong})'
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_counted_again(monkeypatch):
     rows = dict(model_sizes())
     del rows['cspnet_nano']

@@ -64,7 +64,7 @@ def create_short(name, **kwargs):
     blocks = [functools.partial(block.func, **{**block.keywords, 'depth': 2}) for block in peleenet._BLOCKS]
     with mock.patch.dict(cspdensenet.SIZES, depths), \
             mock.patch.multiple(peleenet, _BLOCKS=blocks, _DEPTHS=[2] * len(blocks)):
-        model = timm.create_model(name, **kwargs)
+        model = timm.create_model(name, device='meta', **kwargs)
     for row in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
         kept = []
         for key, block in list(row.named_children()):
@@ -72,7 +72,7 @@ def create_short(name, **kwargs):
                 delattr(row, key)
             else:
                 kept.append(repr(block))
-    return randomize(model).eval()
+    return randomize(model.to_empty(device='cpu')).eval()
 
 
 @torch.no_grad()
