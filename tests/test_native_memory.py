@@ -161,7 +161,7 @@ def sanitized(tmp_path, compiler, level, *numbers, preload=''):
 @pytest.mark.parametrize('level', LEVELS)
 def test_guarded_memory(tmp_path, level):
     """Pages that nobody may touch around all memory, and nothing that is a number in it: the same results."""
-    done = sanitized(tmp_path, 'g++ -DCSP_GUARD', level, 0, 100)
+    done = sanitized(tmp_path, 'g++ -DCSP_GUARD', level, 0, 40)
     assert done.returncode == 0 and done.stdout.startswith('ran'), done.stdout[-500:] + done.stderr[-3000:]
     assert sanitized(tmp_path, 'g++ -DCSP_GUARD', level, 0, 0).returncode < 0  # what was not checked is noticed
 
@@ -176,6 +176,6 @@ def test_sanitizers(tmp_path, level):
     libraries = [subprocess.run(['g++', f'-print-file-name={name}'], capture_output=True, text=True).stdout.strip()
                  for name in ('libasan.so', 'libstdc++.so.6')]
     compiler = 'g++ -fsanitize=address,undefined -fno-sanitize-recover=all -g1'
-    done = sanitized(tmp_path, compiler, level, 1000, 40, preload=' '.join(libraries))
+    done = sanitized(tmp_path, compiler, level, 1000, 15, preload=' '.join(libraries))
     assert done.returncode == 0 and 'ran' in done.stdout, done.stdout[-500:] + done.stderr[-3000:]
     assert sanitized(tmp_path, compiler, level, 0, 0, preload=' '.join(libraries)).returncode != 0

@@ -186,11 +186,12 @@ def test_operations(name, precision):
 @pytest.mark.parametrize('precision', ['bfloat16', 'int8'])
 @pytest.mark.parametrize('name', LEVELS)
 def test_all_operations(name, precision, c):
-    """The product: every size, batch and number of threads."""
-    done = 0
+    """The product of sizes, threads and what is fused, on every batch; of most channels a third of it, in turns."""
+    done, step = 0, 1 if c == 33 else 3
     with level(name):
         for k, (title, op, weights) in enumerate(operations(c)):
-            for size, threads, fused in itertools.product(SIZES, (1, 2), FUSED if weights else FUSED[:1]):
+            product = itertools.product(SIZES, (1, 2), FUSED if weights else FUSED[:1])
+            for size, threads, fused in itertools.islice(product, k % step, None, step):
                 try:
                     check_operation(
                         Source(k), c, size, op, weights, fused, precision, threads, (1, 2, 3, 4, 5))
@@ -224,8 +225,9 @@ def test_random_networks(data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind, count', [('plan', 1500), ('network', 150)])
+@pytest.mark.parametrize('kind, count', [('plan', 300), ('network', 30)])
 def test_many_random(kind, count):
+    """``python -m tests.native_fuzz`` tries as many as one likes."""
     for seed in range(count):
         try:
             native_fuzz.one(Source(seed), kind)
