@@ -169,6 +169,17 @@ def test_group_matcher(model_name):
     assert last == len(order)  # coarse: one group per level and one for the head
 
 
+def test_values_to_start_from(network):
+    """A classifier without preference, batch norms that change nothing, convolutions that are random."""
+    model = create_model(network, num_classes=7)
+    assert not model.get_classifier().bias.any() and model.get_classifier().weight.std() > 0
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and not module.bias.any()
+        elif isinstance(module, nn.Conv2d):
+            assert module.weight.std() > 0 and (module.bias is None or not module.bias.any() or module.bias.std() > 0)
+
+
 def test_forward_backward(model_name):
     model = create_short(model_name, num_classes=10).train()
     y = model(image())
