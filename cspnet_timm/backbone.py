@@ -418,14 +418,7 @@ class CspBackbone(nn.Module):
         Args:
             num_classes: New number of classes, 0 for none.
             global_pool: New pooling; None keeps the one there is, ``''`` leaves the feature maps unpooled.
-
-        Raises:
-            ValueError: If there are classes, but no pooling; the model is as it was then.
         """
-        if global_pool is None:
-            _check_pooling(num_classes, self.head.global_pool.pool_type)
-        else:
-            _check_pooling(num_classes, global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features

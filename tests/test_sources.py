@@ -261,6 +261,26 @@ def test_a_folder_of_files(layout, where, trained, tmp_path, monkeypatch):
     assert loaded.pretrained_cfg['hf_hub_id'] == 'munehiro-k/cspnext_tiny.rsb_a1_in1k'
 
 
+@pytest.mark.parametrize('fixture, name', [
+    ('darknet_csmobilenet-v2', 'cspnet_mobilenetv2.in1k'), ('ppyoloe_t', 'cspnet_ppyoloe_t.in1k'),
+    ('yolov5n', 'cspnet_yolov5n.coco')])
+def test_a_folder_has_files_in_the_containers_of_their_frameworks(fixture, name, tmp_path, monkeypatch):
+    from tests import foreign
+    from tests.parity import load_fixture
+    from tests.zoo import distance
+
+    info, state_dict, x, outputs = load_fixture(fixture)
+    foreign.write(fixture, tmp_path / WEIGHTS[name].sources[-1].filename, state_dict, info)
+    monkeypatch.setenv(sources.FOLDER_VARIABLE, str(tmp_path))
+    model = timm.create_model(name, pretrained=True).eval()
+    with torch.no_grad():
+        maps = model.forward_intermediates(x)[1]
+    for key, value in outputs.items():
+        if key.startswith('stride'):
+            level = [level['reduction'] for level in model.feature_info].index(int(key[6:]))
+            assert distance(maps[level], value) < 1e-5
+
+
 def test_the_files_of_a_licence_that_is_not_downloaded_are_taken_from_the_folder(tmp_path, monkeypatch):
     from tests.parity import load_fixture
 
