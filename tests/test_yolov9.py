@@ -21,6 +21,10 @@ from tests.zoo import distance
 # Parameters of the backbone, as trained and with the branches merged.
 PARAMS = {
     't': (667_376, 654_944), 's': (2_655_968, 2_608_832), 'm': (7_358_016, 7_301_956), 'c': (8_328_384, 8_250_496)}
+# Of the neck, the SPP included.
+NECK_PARAMS = {
+    't': (41_344 + 729_696, 41_344 + 713_376), 's': (164_608 + 2_903_744, 164_608 + 2_841_920),
+    'm': (577_440 + 7_586_048, 577_440 + 7_515_488), 'c': (656_896 + 10_961_152, 656_896 + 10_851_968)}
 
 
 @pytest.fixture(scope='module')
@@ -34,17 +38,25 @@ def read(name, path, **kwargs):
 
 def compare(model, fixture):
     info, _, x, outputs = fixture
+    found = {}
+    kinds = ['neck' if i['module'].startswith('neck.') else 'stride' for i in model.feature_info]
     with torch.no_grad():
+        if with_neck := hasattr(model, 'neck'):
+            handle = model.neck.top.register_forward_hook(lambda *args: found.update(spp=args[-1]))
         features, maps = model.forward_intermediates(x)
-        found = {f'stride{i["reduction"]}': y for i, y in zip(model.feature_info, maps)}
+        if with_neck:
+            handle.remove()
+        found.update({f'{kind}{i["reduction"]}': y for kind, i, y in zip(kinds, model.feature_info, maps)})
         if model.num_classes:
             found['logits'] = model.forward_head(features)
         if 'input_wide' in info:  # where a map is wide enough to show a wrong pool
             wide = np.random.RandomState(zlib.crc32(b'input')).standard_normal(info['input_wide']).astype(np.float32)
-            found['wide_stride32'] = model.forward_features(torch.from_numpy(wide))
+            found[f'wide_{"neck" if with_neck else "stride"}32'] = model.forward_features(torch.from_numpy(wide))
     distances = {key: distance(found[key], y) for key, y in outputs.items() if key in found}
     assert len(distances) >= 2 and max(distances.values()) < 1e-5, distances
-    assert set(outputs) - set(distances) <= {'spp', 'neck8', 'neck16', 'neck32', 'wide_neck32'}
+    of_neck = {key for key in outputs if 'neck' in key or key == 'spp'}
+    of_levels = {'stride8', 'stride16', 'stride32', 'wide_stride32'}
+    assert set(outputs) - set(distances) == (of_levels if with_neck else of_neck)
     norms = {(m.eps, m.momentum) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     assert norms == {(info['bn_eps'], info['bn_momentum'])}
 
@@ -57,6 +69,13 @@ def test_the_files_give_the_references_maps(fixture, name, tmp_path):
     model = read(name, tmp_path / 'v9.pt')
     assert sum(p.numel() for p in model.parameters()) == loaded[0]['params']
     compare(model, loaded)
+    if fixture.endswith('_cls'):
+        with pytest.raises(CheckpointError, match='not cspnet_yolov9c_pan'):
+            read(f'{name[:-4]}_pan', tmp_path / 'v9.pt')
+    else:
+        model = read(f'{name}_pan', tmp_path / 'v9.pt')
+        assert sum(p.numel() for p in model.neck.parameters()) == NECK_PARAMS[fixture[-1]][0]
+        compare(model, loaded)
 
 
 @pytest.mark.parametrize('size', PARAMS)
@@ -64,8 +83,11 @@ def test_parameters(size):
     model = timm.create_model(f'cspnet_yolov9{size}', device='meta')
     params, merged = PARAMS[size]
     assert sum(p.numel() for p in model.parameters()) == params
+    neck = timm.create_model(f'cspnet_yolov9{size}_pan', device='meta').neck
+    assert sum(p.numel() for p in neck.parameters()) == NECK_PARAMS[size][0]
     if size == 't':
-        model = timm.create_model('cspnet_yolov9t')
+        model = timm.create_model('cspnet_yolov9t_pan')
+        merged += NECK_PARAMS[size][1]
         for name, layer in list(model.named_modules()):
             if isinstance(layer, RepConv):
                 parent, _, child = name.rpartition('.')
@@ -75,7 +97,7 @@ def test_parameters(size):
 
 
 def test_branches_are_merged(tiny):
-    model = timm.create_model('cspnet_yolov9t', num_classes=0).eval()
+    model = timm.create_model('cspnet_yolov9t_pan', num_classes=0).eval()
     model.load_state_dict(tiny[1])
     merged = reparameterize_model(copy.deepcopy(model)).eval()
     assert not any(isinstance(m, (RepConv, nn.BatchNorm2d)) for m in merged.modules())
@@ -89,10 +111,10 @@ def test_a_lightning_checkpoint_gives_its_average(tiny, tmp_path, capsys):
     for i, state_dict in enumerate(({**raw, **average}, {**average, **raw})):
         path = tmp_path / f'{i}.ckpt'
         torch.save({'state_dict': state_dict, 'epoch': 3, 'pytorch-lightning_version': '2.4.0'}, path)
-        compare(read('cspnet_yolov9t', path), tiny)
+        compare(read('cspnet_yolov9t_pan', path), tiny)
     assert cli.main(['inspect', str(path)]) == 0
     out = capsys.readouterr().out
-    assert 'model: cspnet_yolov9t\n' in out and 'average' in out
+    assert 'model: cspnet_yolov9t\n' in out and 'with neck: cspnet_yolov9t_pan\n' in out and 'average' in out
     torch.save({'state_dict': {f'model.model.{k}': v for k, v in tiny[1].items()}}, path)
     compare(read('cspnet_yolov9t', path), tiny)
 

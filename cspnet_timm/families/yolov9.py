@@ -1,8 +1,9 @@
-"""The backbones of YOLOv9 (GELAN) in their authors' MIT code, and the classifier of its large form.
+"""YOLOv9 (GELAN) in its authors' MIT code: its backbones, also with their necks, and the classifier of its large form.
 
 Two 3×3 convolutions of stride 2, then cross stages whose two chained parts are cross stages themselves, of blocks with
 a re-parameterisable convolution; every part's output is collected. What halves a map averages 2×2 pixels at stride 1
-first. In t and s the first cross stage collects plain convolutions. The SPP belongs to the detectors' necks.
+first. In t and s the first cross stage collects plain convolutions. The SPP belongs to the detectors' necks, whose
+stages, and what halves their maps, are the backbones'.
 
 Papers: `YOLOv9: Learning What You Want to Learn Using Programmable Gradient Information`,
 https://arxiv.org/abs/2402.13616
@@ -17,10 +18,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs
+from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, Neck
 from ..blocks import ConcatOutputs, DarkBlock
 from ..cross_stage import ComposedStage, CrossStage
-from ..layers import ConvHead, ConvNormAct, RepConv
+from ..layers import ConvHead, ConvNormAct, RepConv, SpatialPyramidPool
 from ..naming import (
     Naming,
     StateDict,
@@ -29,8 +30,9 @@ from ..naming import (
     rename_keys,
     roll_channels,
 )
-from ._builder import License, build_backbone, default_cfg, describe_weights, register_model, web
-from ._weights import DETECTION
+from ._builder import License, build_backbone, default_cfg, describe_weights, register_model, register_pan, web
+from ._neck import keeping_neck
+from ._weights import DETECTION, with_pan
 
 __all__: List[str] = []
 
@@ -43,15 +45,22 @@ class Size(NamedTuple):
     part_chs: Tuple[int, ...]  # behind the stage's first convolution: half of them bypass
     out_chs: Tuple[int, ...]
     depth: int  # blocks of each inner cross stage
+    neck_chs: Tuple[int, int, int]  # of the neck's maps
+    neck_down_chs: Tuple[int, int]  # behind what halves them
     plain_first: bool = False  # whether the first stage has convolutions for its inner cross stages
     split_down: bool = False
 
 
 SIZES = {
-    't': Size(16, (32, 64, 96, 128), (32, 64, 96, 128), (32, 64, 96, 128), 3, plain_first=True),
-    's': Size(32, (64, 128, 192, 256), (64, 128, 192, 256), (64, 128, 192, 256), 3, plain_first=True),
-    'm': Size(32, (64, 240, 360, 480), (128, 240, 360, 480), (128, 240, 360, 480), 1),
-    'c': Size(64, (128, 256, 512, 512), (128, 256, 512, 512), (256, 512, 512, 512), 1, split_down=True),
+    't': Size(
+        16, (32, 64, 96, 128), (32, 64, 96, 128), (32, 64, 96, 128), 3, (64, 96, 128), (48, 64), plain_first=True),
+    's': Size(
+        32, (64, 128, 192, 256), (64, 128, 192, 256), (64, 128, 192, 256), 3, (128, 192, 256), (96, 128),
+        plain_first=True),
+    'm': Size(32, (64, 240, 360, 480), (128, 240, 360, 480), (128, 240, 360, 480), 1, (240, 360, 480), (184, 240)),
+    'c': Size(
+        64, (128, 256, 512, 512), (128, 256, 512, 512), (256, 512, 512, 512), 1, (256, 512, 512), (256, 512),
+        split_down=True),
 }
 HEAD_CHS = 1024
 
@@ -204,6 +213,25 @@ def _levels(size: Size) -> Tuple[Level, ...]:
     return tuple(levels)
 
 
+def _neck_stage(in_chs: int, out_chs: int, args: LevelArgs, depth: int) -> nn.Module:
+    return _stage(in_chs, args, out_chs, out_chs, depth)
+
+
+def _neck_pool(chs: int, args: LevelArgs) -> nn.Module:
+    return SpatialPyramidPool(chs, chs, entry_act_layer=args.layers['act_layer'], **args.layers)
+
+
+def _neck(size: Size) -> Neck:
+    down = SplitDown if size.split_down else AverageDown
+    return keeping_neck(
+        size.neck_chs,
+        partial(_neck_stage, depth=size.depth),
+        top=_neck_pool,
+        down=lambda in_chs, out_chs, args: down(in_chs, out_chs, stride=2, dilation=1, **args.layers),
+        down_chs=size.neck_down_chs,
+    )
+
+
 def _rename_stage(own: StateDict) -> StateDict:
     out: StateDict = {}
     for key, value in own.items():
@@ -232,10 +260,11 @@ def _rename_stage(own: StateDict) -> StateDict:
 def _rename(own: StateDict, whole: StateDict) -> StateDict:
     """Map a numbered list of layers: 0 is the stem, 1 to 8 are in turn what halves the map and a cross stage.
 
-    Layer 9 is the classifier's head; a detector's neck begins there, and its branch for training behind the head.
+    Layer 9 is the classifier's head, or the SPP of a detector's neck, whose layers that only enlarge or concatenate are
+    counted as well; the detector's head and a branch for training follow.
     """
     out: StateDict = {}
-    stages: Dict[int, StateDict] = {}
+    stages: Dict[str, StateDict] = {}
     is_classifier = any(re.match(r'9\.conv\.', key) for key in own)
     for key, value in own.items():
         number, _, name = key.partition('.')
@@ -245,14 +274,26 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
         elif 0 < index < 9 and index % 2:
             out[f'layer{(index + 1) // 2}.down.{name}'] = value
         elif 0 < index < 9:
-            stages.setdefault(index // 2, {})[name] = value
+            stages.setdefault(f'layer{index // 2}.csp', {})[name] = value
         elif index == 9 and is_classifier:
             out[f'head.{name.replace("head.", "fc.")}'] = value
+        elif index == 9:
+            out[f'neck.top.{name.replace("conv5.", "conv2.")}'] = value
+        elif index in _NECK and _NECK[index].endswith('.down'):
+            out[f'neck.{_NECK[index]}.{name}'] = value
+        elif index in _NECK:
+            stages.setdefault(f'neck.{_NECK[index]}', {})[name] = value
         else:
             out[key] = value
-    for level, stage in stages.items():
-        out.update({f'layer{level}.csp.{k}': v for k, v in _rename_stage(stage).items()})
+    for node, stage in stages.items():
+        out.update({f'{node}.{k}': v for k, v in _rename_stage(stage).items()})
     return out
+
+
+_NECK = {
+    12: 'top_down.0.stage', 15: 'top_down.1.stage',
+    16: 'bottom_up.0.down', 18: 'bottom_up.0.stage', 19: 'bottom_up.1.down', 21: 'bottom_up.1.stage',
+}
 
 
 NAMING = register_naming(Naming(
@@ -267,7 +308,9 @@ register_foreign_project(
 
 def _create(variant: str, pretrained: bool, head: Optional[Any] = None, **kwargs: Any) -> CspBackbone:
     size = SIZES[variant.removeprefix('cspnet_yolov9')[0]]
-    cfg = BackboneCfg(levels=_levels(size), bn_eps=1e-3, bn_momentum=0.03, head=head, convert=NAMING.convert)
+    cfg = BackboneCfg(
+        levels=_levels(size), bn_eps=1e-3, bn_momentum=0.03, head=head, convert=NAMING.convert,
+        neck=_neck(size) if variant.endswith('_pan') else None)
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
@@ -293,14 +336,14 @@ def _cfg(name: str, ap: float, metrics_source: str, num_bytes: int = 0) -> Dict[
     )
 
 
-default_cfgs = describe_weights({
+default_cfgs = describe_weights(with_pan({
     'cspnet_yolov9t.coco': _cfg('v9-t', 38.3, 'the paper'),
     'cspnet_yolov9s.coco': _cfg('v9-s', 46.8, 'MultimediaTechLab/YOLO, docs'),
     'cspnet_yolov9m.coco': _cfg('v9-m', 51.4, 'MultimediaTechLab/YOLO, docs'),
     'cspnet_yolov9c.coco': _cfg('v9-c', 53.0, 'MultimediaTechLab/YOLO, docs', 102_895_262),
     'cspnet_yolov9c_cls.untrained': default_cfg(
         mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='lanczos', license='mit', **_PAPER),
-})
+}))
 
 
 @register_model
@@ -331,3 +374,9 @@ def cspnet_yolov9c(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
 def cspnet_yolov9c_cls(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """The large form as a classifier."""
     return _create('cspnet_yolov9c_cls', pretrained, head=partial(ConvHead, hidden_size=HEAD_CHS), **kwargs)
+
+
+cspnet_yolov9t_pan = register_pan('cspnet_yolov9t_pan', _create)
+cspnet_yolov9s_pan = register_pan('cspnet_yolov9s_pan', _create)
+cspnet_yolov9m_pan = register_pan('cspnet_yolov9m_pan', _create)
+cspnet_yolov9c_pan = register_pan('cspnet_yolov9c_pan', _create)
