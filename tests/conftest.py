@@ -2,6 +2,7 @@ import functools
 import gc
 import os
 import re
+from collections import Counter
 
 # Before torch is imported: there is a test process per core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -26,7 +27,8 @@ def pytest_addoption(parser):
         '--all-models', action='store_true',
         help='run the expensive checks on every model, not only on the smallest one of each structure')
     parser.addoption(
-        '--cpu', type=int, default=0, metavar='N', help='name the N tests and files that took most CPU seconds')
+        '--cpu', type=int, default=0, metavar='N',
+        help='name the N tests, functions and files that took most CPU seconds')
 
 
 @pytest.fixture(autouse=True)
@@ -123,11 +125,11 @@ def pytest_terminal_summary(terminalreporter, config):
     tests = {r.nodeid: dict(r.user_properties)['cpu'] for r in reports if r.when == 'teardown'}
     if not tests or not config.getoption('--cpu'):
         return
-    files = {}
+    functions, files = Counter(), Counter()
     for name, seconds in tests.items():
-        file = name.partition('::')[0]
-        files[file] = files.get(file, 0) + seconds
+        functions[name.partition('[')[0]] += seconds
+        files[name.partition('::')[0]] += seconds
     terminalreporter.section(f'{sum(tests.values()):.0f} CPU seconds in {len(tests)} tests')
-    for times in (tests, files):
+    for times in (tests, functions, files):
         for name, seconds in sorted(times.items(), key=lambda item: -item[1])[:config.getoption('--cpu')]:
             terminalreporter.write_line(f'{seconds:8.2f}  {name}')

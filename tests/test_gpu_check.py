@@ -44,7 +44,7 @@ def test_what_dies_costs_one_step(gpu_check, tmp_path):
     assert run.process('dies', [sys.executable, '-c', 'import os; os.kill(os.getpid(), 11)'], 60).startswith('SIGSEGV')
     assert run.process('fails', [sys.executable, '-c', 'raise SystemExit("why")'], 60) == 'exit code 1: why'
     assert run.process('hangs', [sys.executable, '-c', 'import time; time.sleep(60)'], 5.5).startswith('ended after')
-    run.step('promise', 60, csp='cspnet_nano', plain='no_such_network')
+    run.step('promise', 60, csp='no_such_network', plain='cspnet_nano')
     report = json.loads((tmp_path / 'gpu_check.json').read_text())
     assert 'no_such_network' in report['faults'][0]['fault'] and '**promise_' in (tmp_path / 'gpu_check.md').read_text()
     run.end = 0

@@ -21,15 +21,15 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save
 
 import cspnet_timm
-from tests.foreign import openmmlab_file
 from tests.hub_server import Hub
-from tests.parity import load_fixture
 from tests.samples import FAMILIES
 from tests.test_hub import client_environment
 from tests.test_readme import code
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 NAME = 'cspnet_nano'
+# What timm's recipes have most; a run is resumed with the flags that it began with.
+RECIPE = ('--model-ema', '--model-ema-decay', '0.5', '--opt', 'adamw', '--layer-decay', '0.7', '--grad-checkpointing')
 NAMES = ('train', 'validate', 'inference', 'benchmark', 'onnx_export', 'avg_checkpoints')
 
 pytestmark = [
@@ -94,14 +94,12 @@ def results(log):
 
 @pytest.fixture(scope='module')
 def trained(folder):
-    """The checkpoint of each model, trained once, with what timm's recipes have most."""
+    """The checkpoint of each model, trained once."""
     checkpoints = {}
 
     def checkpoint(name):
         if name not in checkpoints:
-            output, _, rows = train(
-                folder, name, f'first_{name}', '--model-ema', '--model-ema-decay', '0.5', '--opt', 'adamw',
-                '--layer-decay', '0.7', '--grad-checkpointing', epochs=2)
+            output, _, rows = train(folder, name, f'first_{name}', *RECIPE, epochs=2)
             assert len(rows) == 2
             checkpoints[name] = output / 'last.pth.tar'
         return checkpoints[name]
@@ -185,7 +183,7 @@ def test_training_flags(folder, flags):
 
 def test_resume(folder, trained):
     before = torch.load(trained(NAME), weights_only=False)
-    output, _, rows = train(folder, NAME, 'resumed', '--opt', 'adamw', '--resume', trained(NAME), epochs=3)
+    output, _, rows = train(folder, NAME, 'resumed', *RECIPE, '--resume', trained(NAME), epochs=3)
     assert [row['epoch'] for row in rows] == ['2']  # it went on with the third
     after = torch.load(output / 'last.pth.tar', weights_only=False)
     assert before['state_dict'].keys() == after['state_dict'].keys()
@@ -216,13 +214,12 @@ README = [text for kind, text in code() if kind == 'command' and re.search(r'\b(
 def released(folder):
     """Weights where the commands of the README look for the released ones; the variables that lead there."""
     (folder / 'data').symlink_to(folder / 'images')
-    cache = folder / 'torch_home' / 'hub' / 'checkpoints'
-    cache.mkdir(parents=True)
-    openmmlab_file(cache / Path(timm.get_pretrained_cfg('cspnet_rtmdet_s').url).name, load_fixture('cspnext_s')[1])
     with Hub() as hub:
-        for name in ('cs3darknet_focus_s.ra4_e3600_r256_in1k', 'cs3darknet_focus_m.c2ns_in1k'):
-            hub.add(f'timm/{name}', {'model.safetensors': save(timm.create_model(name).state_dict())})
-        yield {**client_environment(hub, folder / 'hf_home'), 'TORCH_HOME': str(folder / 'torch_home')}
+        for name, of_timm in (('cspnet_small', 'cs3darknet_focus_s'), ('cspnet_medium', 'cs3darknet_focus_m'),
+                              ('cspnet_rtmdet_s', 'cspnext_s')):
+            weights = save(timm.create_model(of_timm).state_dict())
+            hub.add(timm.get_pretrained_cfg(name).hf_hub_id, {'model.safetensors': weights})
+        yield client_environment(hub, folder / 'hf_home')
 
 
 @pytest.mark.parametrize('command', README, ids=lambda command: re.search(r'(?:torchrun.*)?\w+\.py', command)[0])
