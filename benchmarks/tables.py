@@ -7,7 +7,8 @@ that no tensor shows, of a stride for instance, takes ``--recount``.
 A table stands in a page between ``<!-- KIND: PATTERN … -->`` and ``<!-- end -->``. The kind is ``sizes``, ``weights``,
 ``choice``, ``inputs``, ``licenses``, ``tags`` or ``necks``; the patterns name models as ``timm.list_models`` takes
 them, those behind ``-`` are left out. Networks with a neck are in the tables of necks alone. ``docs/weights.csv`` has a
-row for each tag of the others, with all that is known of it.
+row for each tag of the others, with all that is known of it, and ``cspnet_timm/data/darknet.csv`` lists what
+Darknet's files of each network hold, by which one is recognised.
 
     python benchmarks/tables.py            # rewrites the table of sizes and every page in docs/ that is out of date
     python benchmarks/tables.py --recount  # as well, after counting every network again
@@ -28,11 +29,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 
 import cspnet_timm  # noqa: F401  registers the models
+from cspnet_timm.checkpoints import darknet
 from cspnet_timm.counting import count_parameters, measure
 from cspnet_timm.sizes import ModelSize, fingerprint, format_rows, model_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'cspnet_timm' / 'data' / 'models.csv'
+STREAMS = DATA.with_name('darknet.csv')
 WEIGHTS_CSV = ROOT / 'docs' / 'weights.csv'
 TABLE: Dict[str, ModelSize] = dict(model_sizes()) if DATA.exists() else {}
 BLOCK = re.compile(
@@ -274,7 +277,11 @@ def main() -> int:
     args = parser.parse_args()
     TABLE.update(new := update(TABLE, args.recount))
     stale = 0
-    files = ((DATA, lambda _: format_rows(new.values())), (WEIGHTS_CSV, lambda _: weights_csv()))
+    files = (
+        (DATA, lambda _: format_rows(new.values())),
+        (STREAMS, lambda _: darknet.format_streams()),
+        (WEIGHTS_CSV, lambda _: weights_csv()),
+    )
     for path, render_file in (*files, *((p, render) for p in _pages())):
         old = path.read_text(encoding='utf-8') if path.exists() else ''
         text = render_file(old)

@@ -30,6 +30,18 @@ def test_rows_are_right():
     assert not wrong, f'run: python benchmarks/tables.py --recount ({wrong})'
 
 
+def test_every_network_with_darknet_files_is_in_the_data():
+    with tables.STREAMS.open(encoding='ascii') as file:
+        rows = {line.partition(',')[0] for line in file} - {'model'}
+    assert rows == set(tables.darknet.NETWORKS), 'run: python benchmarks/tables.py'
+
+
+@pytest.mark.slow
+def test_what_darknets_files_hold_is_right():
+    assert tables.STREAMS.read_text(encoding='ascii') == tables.darknet.format_streams(), (
+        'run: python benchmarks/tables.py')
+
+
 @pytest.mark.slow
 def test_only_what_changed_is_counted_again(monkeypatch):
     rows = dict(model_sizes())

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from cspnet_timm import cli
+from cspnet_timm import CspBackbone, cli
 from cspnet_timm.checkpoints import CheckpointError, darknet, read_foreign
 from tests.parity import FOLDER, fill
 from tests.zoo import distance
@@ -105,7 +105,8 @@ def test_sizes_are_those_of_the_facts(name):
     for num_classes in (1, 3, 80, 365):
         extents = darknet._extents(layers, tails, 4 * (constant + per_class * (5 + num_classes)))
         assert (held, num_classes) in [(e.held, e.num_classes) for e in extents]
-    assert not darknet._extents(layers, tails, 4 * (constant + per_class * 5))  # a detector of nothing
+    nothing = darknet._extents(layers, tails, 4 * (constant + per_class * 5))
+    assert not any(e.held_behind == len(e.tail.layers) for e in nothing)  # a detector of no classes
     assert len(HEADER) + 4 * (constant + per_class * 85) == whole
     assert [e.held for e in darknet._extents(layers, tails, partial - len(HEADER))][:1] == [held]
     eps = {m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
@@ -167,6 +168,73 @@ def test_the_order_behind_the_backbone_tells_networks_of_one_length_apart(right,
     extents = darknet._check_size(path, darknet._layers(model), (tail,), FILES[right][3] - 20, False, False)
     with path.open('rb') as file:
         assert darknet._choose_order(path, file, 20, darknet._layers(model), extents).tail is tail
+
+
+@functools.cache
+def _noise(count):
+    return np.random.RandomState(0).standard_normal(count).astype('<f4')
+
+
+def detector(path, name, num_classes, held):
+    """A file that begins with ``name`` and holds ``held`` convolutions behind it: noise, and variances above zero."""
+    layers, tail = darknet._known()[name][0], darknet._known()[name][1][0]
+    rows = [(layer[0].size, sum(t.size for t in layer)) for layer in layers]
+    rows += [(getattr(layer, 'out_chs', 0), layer.count(num_classes)) for layer in tail.layers[:held]]
+    with path.open('wb') as file:
+        file.write(HEADER)
+        for chs, count in rows:
+            values = _noise(count).copy()
+            values[3 * chs:4 * chs] = abs(values[3 * chs:4 * chs])
+            file.write(values.tobytes())
+    return path
+
+
+def check_detector(path, num_classes, held, cut):
+    detector(path, TINY, num_classes, held)
+    assert [match.network for match in darknet.candidates(path)] == [TINY]
+    assert len(read_foreign(path, empty(TINY))) == 5 * 15
+    if cut:
+        with path.open('ab') as file:
+            file.truncate(path.stat().st_size + 4 * cut)
+        assert not darknet.candidates(path)
+        refuse(path, TINY, 'too (few|many)', allow_partial=True)
+
+
+@pytest.mark.parametrize('num_classes, held, cut', [(1, 6, 1), (7, 3, -1), (20, 4, 2), (365, 5, 0)])
+def test_a_detector_of_any_number_of_classes_and_its_beginning(num_classes, held, cut, tmp_path):
+    """Behind whichever of its convolutions ``darknet partial`` ends."""
+    check_detector(tmp_path / 'a.weights', num_classes, held, cut)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(num_classes=st.integers(1, 600), held=st.integers(0, 6), cut=st.integers(-3, 3))
+def test_fuzzed_beginnings_of_detectors(num_classes, held, cut, tmp_path):
+    check_detector(tmp_path / 'a.weights', num_classes, held, cut)
+
+
+def test_recognition_and_conversion_build_no_more_networks_than_they_load(tmp_path, monkeypatch, capsys):
+    built, init = [], CspBackbone.__init__
+    monkeypatch.setattr(CspBackbone, '__init__', lambda *args, **kwargs: built.append(1) or init(*args, **kwargs))
+    darknet._known.cache_clear()
+    path = detector(tmp_path / 'yolov4-tiny.conv.31', TINY, 7, 4)
+    assert cli.main(['inspect', str(path)]) == 0 and not built
+    assert f'model: {TINY}\n' in capsys.readouterr().out
+    assert cli.main(['convert', str(path), '--out', str(tmp_path / 'out')]) == 0 and len(built) <= 3
+    empty(TINY)
+    built.clear()
+    refuse(sparse(tmp_path / 'a.weights', 200_000_000), TINY, 'too many')
+    assert not built
+
+
+def test_a_network_without_a_row_in_the_data_is_built(tmp_path, monkeypatch):
+    path = detector(tmp_path / 'a.weights', TINY, 7, 6)
+    monkeypatch.setattr(darknet, 'NETWORKS', {'cspnet_mine': darknet.NETWORKS[TINY]})
+    darknet._known.cache_clear()
+    try:
+        assert [match.content for match in darknet.candidates(path)] == ['a detector of 7 classes']
+    finally:
+        darknet._known.cache_clear()
 
 
 def test_what_is_left_out_is_said(tmp_path, caplog):

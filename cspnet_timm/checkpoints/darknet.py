@@ -3,13 +3,15 @@
 A convolution is stored as bias, then scale, mean and variance if it has a batch norm (whose beta the bias is), then
 weights; a network's :class:`Layout` says which convolution comes when, and what follows the network in files that hold
 more: a detector's begins with its backbone, and how long it is depends on its classes. Nothing in a file names its
-network, but its length does: it is compared before a single number is read.
+network, but its length does: it is compared before a single number is read. What the networks' files hold is listed in
+``data/darknet.csv``, so that none of them is built for it.
 
 Darknet numbers the classes of ImageNet in an order of its own, which ``data/darknet_imagenet_order.txt`` lists; the
 rows of a classifier of 1000 classes are put into the order of the sorted WordNet ids, timm's and everybody's else.
 
 Format: https://github.com/AlexeyAB/darknet, ``src/parser.c``
 """
+import csv
 import functools
 import logging
 import re
@@ -26,7 +28,7 @@ import torch.nn as nn
 from . import CheckpointError
 
 __all__ = ['NETWORKS', 'DetectionConv', 'FileConv', 'Layout', 'Match', 'Tail', 'candidates', 'check', 'class_order',
-           'read', 'recognises']
+           'format_streams', 'read', 'recognises']
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ _NAME = re.compile(r'.\.(weights|backup|conv\.\d+)$')
 _VERSIONS = {(0, 1, 0), (0, 2, 0), (0, 2, 5)}  # all that Darknet and its forks have written
 _MAX_VERSION = 1000  # larger numbers meant transposed layers long ago, and are otherwise no header at all
 _COCO_CLASSES = 80
+_MAX_CLASSES = 10_000  # that the beginning of a detector's file is tried for; YOLO9000 has 9418
 _IMAGENET_CLASSES = 1000
 
 
@@ -117,11 +120,13 @@ class Match(NamedTuple):
         network: Name of the model.
         content: What the file holds of it, in words.
         num_classes: Of its classifier, None if it has none.
+        alone: Whether it holds the backbone and nothing behind it.
     """
 
     network: str
     content: str
     num_classes: Optional[int] = None
+    alone: bool = False
 
 
 class _Tensor(NamedTuple):
@@ -140,6 +145,9 @@ class _Extent(NamedTuple):
     tail: Optional[Tail] = None
     num_classes: int = 0  # of the tail
     held_behind: int = 0  # convolutions of the tail
+
+
+_LooksRight = Callable[[List[List[_Tensor]], _Extent], bool]
 
 
 def recognises(path: Path, head: bytes) -> bool:
@@ -222,26 +230,44 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> int:
     return length
 
 
-def _extents(layers: List[List[_Tensor]], tails: Tuple[Tail, ...], num_bytes: int) -> List[_Extent]:
-    """Every way in which so many bytes are the network, the beginning of it, or a detector that begins with it."""
-    found: List[_Extent] = []
+def _extents(
+        layers: List[List[_Tensor]],
+        tails: Tuple[Tail, ...],
+        num_bytes: int,
+        looks_right: Optional[_LooksRight] = None,
+) -> List[_Extent]:
+    """Every way in which so many bytes are the network, the beginning of it, or a detector that begins with it.
+
+    A length is the beginning of a detector for many numbers of classes by chance: but for COCO's, ``looks_right`` has
+    to agree.
+    """
+    whole: List[_Extent] = []
+    beginnings: List[_Extent] = []
+    by_chance: List[_Extent] = []
     backbone = _backbone(layers)
     rest = num_bytes - _num_bytes(backbone)
     for tail in tails:
-        # The whole detector, of however many classes.
-        per_class = 4 * (tail.count(1) - tail.count(0))
-        num_classes, left = divmod(rest - 4 * tail.count(0), per_class)
-        if num_classes >= 1 and not left:
-            found.append(_Extent(len(backbone), tail, num_classes, len(tail.layers)))
-            continue
-        # Its beginning, as `darknet partial` makes it: behind a convolution that detects, of those that were released.
-        length = 0
-        for held, layer in enumerate(tail.layers[:-1], start=1):
-            length += 4 * layer.count(_COCO_CLASSES)
-            if length == rest:
-                found.append(_Extent(len(backbone), tail, _COCO_CLASSES, held))
-    if found:
-        return found
+        # The whole detector, of however many classes, or its beginning, as `darknet partial` makes it.
+        fixed = per_class = 0
+        for held, layer in enumerate(tail.layers, start=1):
+            fixed += 4 * layer.count(0)
+            per_class += 4 * (layer.count(1) - layer.count(0))
+            num_classes, left = divmod(rest - fixed, per_class) if per_class else (0, rest - fixed)
+            if left or num_classes < bool(per_class):
+                continue
+            extent = _Extent(len(backbone), tail, num_classes, held)
+            if held == len(tail.layers):
+                whole.append(extent)
+            elif num_classes in (0, _COCO_CLASSES):
+                beginnings.append(extent)
+            elif num_classes <= _MAX_CLASSES and looks_right is not None and looks_right(layers, extent):
+                by_chance.append(extent)
+    ranks = (whole, beginnings, by_chance)
+    for rank in ranks:
+        if any(looks_right is None or looks_right(layers, extent) for extent in rank):
+            return rank
+    if whole or beginnings:
+        return whole or beginnings
     held, rest = 0, num_bytes
     while held < len(layers) and rest >= _num_bytes(layers[held:held + 1]):
         rest -= _num_bytes(layers[held:held + 1])
@@ -249,10 +275,65 @@ def _extents(layers: List[List[_Tensor]], tails: Tuple[Tail, ...], num_bytes: in
     return [_Extent(held)] if held and not rest else []
 
 
+# What files of the networks hold, as data: a line for each network and for what follows it in a detector's file. A
+# convolution is out_chs×in_chs×kernel_size, one that detects anchors@in_chs, a classifier its features alone.
+
+
+def _word(layer: Union[List[_Tensor], FileConv, DetectionConv]) -> str:
+    if isinstance(layer, DetectionConv):
+        return f'{layer.anchors}@{layer.in_chs}'
+    if isinstance(layer, FileConv):
+        return f'{layer.out_chs}x{layer.in_chs}x{layer.kernel_size}'
+    shape = layer[-1].shape
+    return str(shape[1]) if len(layer) == 2 else f'{shape[0]}x{shape[1]}x{shape[2]}'
+
+
+def format_streams() -> str:
+    """Build the networks that files were released for, and write down what their files hold.
+
+    Returns:
+        The text of ``data/darknet.csv``.
+    """
+    lines = ['model,network,layers']
+    for name, build in NETWORKS.items():
+        model = build(device='meta')
+        rows = [('', _layers(model)), *((tail.network, tail.layers) for tail in _tails(model))]
+        lines += [f'{name},{network},{" ".join(map(_word, layers))}' for network, layers in rows]
+    return ''.join(f'{line}\n' for line in lines)
+
+
+def _own_layer(word: str) -> List[_Tensor]:
+    if 'x' not in word:
+        return [_Tensor('', (_IMAGENET_CLASSES,)), _Tensor('', (_IMAGENET_CLASSES, int(word)))]
+    out_chs, in_chs, kernel_size = map(int, word.split('x'))
+    return [_Tensor('', (out_chs,))] * 4 + [_Tensor('', (out_chs, in_chs, kernel_size, kernel_size))]
+
+
+def _tail_layer(word: str) -> Union[FileConv, DetectionConv]:
+    if '@' in word:
+        anchors, in_chs = map(int, word.split('@'))
+        return DetectionConv(in_chs, anchors)
+    out_chs, in_chs, kernel_size = map(int, word.split('x'))
+    return FileConv(in_chs, out_chs, kernel_size)
+
+
 @functools.lru_cache(maxsize=1)
 def _known() -> Dict[str, Tuple[List[List[_Tensor]], Tuple[Tail, ...]]]:
-    models = {name: build(device='meta', num_classes=_IMAGENET_CLASSES) for name, build in NETWORKS.items()}
-    return {name: (_layers(model), _tails(model)) for name, model in models.items()}
+    """What the files of each network hold; one that is not in the data, a plugin's, is built."""
+    layers: Dict[str, List[List[_Tensor]]] = {}
+    tails: Dict[str, List[Tail]] = {}
+    data = resources.files(__package__.rpartition('.')[0]) / 'data' / 'darknet.csv'
+    for row in csv.DictReader(data.read_text(encoding='ascii').splitlines()):
+        words = row['layers'].split()
+        if row['network']:
+            tails[row['model']].append(Tail(row['network'], tuple(map(_tail_layer, words))))
+        else:
+            layers[row['model']], tails[row['model']] = list(map(_own_layer, words)), []
+    known = {name: (layers[name], tuple(tails[name])) for name in NETWORKS if name in layers}
+    for name in NETWORKS.keys() - layers.keys():
+        model = NETWORKS[name](device='meta', num_classes=_IMAGENET_CLASSES)
+        known[name] = _layers(model), _tails(model)
+    return known
 
 
 def _classes(layers: List[List[_Tensor]], num_bytes: int) -> int:
@@ -263,31 +344,38 @@ def _classes(layers: List[List[_Tensor]], num_bytes: int) -> int:
     return num_classes if num_classes > 0 and not left else 0
 
 
-def _matches(num_bytes: int) -> List[Tuple[Match, str, _Extent]]:
-    """What so many bytes may be, likelier things alone if there are any: the match, the model to read by, how much."""
-    usual: List[Tuple[Match, str, _Extent]] = []
-    unusual: List[Tuple[Match, str, _Extent]] = []
-    beginnings: List[Tuple[Match, str, _Extent]] = []
+def _matches(num_bytes: int, looks_right: Optional[_LooksRight] = None) -> List[Match]:
+    """What so many bytes may be, likelier things alone if there are any."""
+    usual: List[Tuple[Match, bool]] = []
+    unusual: List[Tuple[Match, bool]] = []
+    beginnings: List[Tuple[Match, bool]] = []
     for name, (layers, tails) in _known().items():
         num_classes = _classes(layers, num_bytes)
         if num_classes:
             match = Match(name, f'a classifier of {num_classes} classes', num_classes)
-            (usual if num_classes == _IMAGENET_CLASSES else unusual).append((match, name, _Extent(len(layers))))
+            (usual if num_classes == _IMAGENET_CLASSES else unusual).append((match, True))
             continue
-        for extent in _extents(layers, tails, num_bytes):
+        for extent in _extents(layers, tails, num_bytes, looks_right):
             tail = extent.tail
             if tail is None:
                 if extent.held == len(_backbone(layers)):
                     content = f'its {extent.held} convolutions, and nothing behind them'
-                    beginnings.append((Match(name, content), name, extent))
-            elif extent.held_behind < len(tail.layers):
-                content = f'its {extent.held} convolutions, and {extent.held_behind} of a detector behind them'
-                usual.append((Match(tail.network, content), name, extent))
-            else:
-                match = Match(tail.network, f'a detector of {extent.num_classes} classes')
-                (usual if extent.num_classes == _COCO_CLASSES else unusual).append((match, name, extent))
-    found = usual or unusual or beginnings
-    return [item for i, item in enumerate(found) if item[0] not in [other[0] for other in found[:i]]]
+                    beginnings.append((Match(name, content, alone=True), True))
+                continue
+            content = f'its {extent.held} convolutions, and {extent.held_behind} of a detector behind them'
+            if extent.held_behind == len(tail.layers):
+                content = _describe(extent)
+            found = usual if extent.num_classes in (0, _COCO_CLASSES) else unusual
+            found.append((Match(tail.network, content), looks_right is None or looks_right(layers, extent)))
+    ranks = (usual, unusual, beginnings)
+    right = [[match for match, is_right in rank if is_right] for rank in ranks]
+    found_right = next((rank for rank in right if rank), [])
+    # Where no variance is as it should be, the length alone is said, and a reader will refuse the file.
+    return list(dict.fromkeys(found_right or [match for match, _ in next((rank for rank in ranks if rank), [])]))
+
+
+def _comparing(file: BinaryIO, header: int) -> _LooksRight:
+    return lambda layers, extent: not _impossible(file, header, layers, extent)
 
 
 def candidates(path: Path) -> List[Match]:
@@ -306,23 +394,24 @@ def candidates(path: Path) -> List[Match]:
         size = path.stat().st_size
         with path.open('rb') as file:
             header = _read_header(path, file, size)
-            matches = _matches(size - header)
-            if len(matches) > 1:
-                matches = [
-                    item for item in matches if not _impossible(file, header, _known()[item[1]][0], item[2])
-                ] or matches
+            return _matches(size - header, _comparing(file, header))
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror or error}).') from error
-    return [match[0] for match in matches]
 
 
 def _impossible(file: BinaryIO, header: int, layers: List[List[_Tensor]], extent: _Extent) -> int:
-    """How many variances behind the backbone would be below zero, or no number, in a network's order."""
+    """How many variances behind the backbone would be below zero, or no number, in a network's order.
+
+    Where a length means something by chance only, they must not all be zero either.
+    """
     offset, negative = header + _num_bytes(layers[:extent.held]), 0
-    for behind in extent.tail.layers[:extent.held_behind] if extent.tail is not None else ():
+    behind_it = extent.tail.layers if extent.tail is not None else ()
+    by_chance = extent.num_classes not in (0, _COCO_CLASSES) and extent.held_behind < len(behind_it)
+    for behind in behind_it[:extent.held_behind]:
         if isinstance(behind, FileConv):
             file.seek(offset + 4 * 3 * behind.out_chs)
-            negative += int((~(np.fromfile(file, dtype='<f4', count=behind.out_chs) >= 0)).sum())
+            variances = np.fromfile(file, dtype='<f4', count=behind.out_chs)
+            negative += int((~(variances >= 0)).sum()) + int(by_chance and not variances.any())
         offset += 4 * behind.count(extent.num_classes)
     return negative
 
@@ -334,10 +423,11 @@ def _check_size(
         num_bytes: int,
         allow_partial: bool,
         classifier: bool,
+        looks_right: Optional[_LooksRight] = None,
 ) -> List[_Extent]:
     """Compare the length with what the network needs, and return how much of it the file may hold."""
     expected = _num_bytes(layers)
-    extents = _extents(layers, tails, num_bytes)
+    extents = _extents(layers, tails, num_bytes, looks_right)
     if classifier and extents and extents[0].tail is not None and len(_backbone(layers)) < len(layers):
         if allow_partial:
             return extents
@@ -355,7 +445,7 @@ def _check_size(
         f'{abs(num_bytes - expected)} too {"few" if num_bytes < expected else "many"}.'
     )
     classes = _classes(layers, num_bytes)
-    whole = [match for match, _, extent in _matches(num_bytes) if extent.tail is not None or match.num_classes]
+    whole = [match for match in _matches(num_bytes, looks_right) if not match.alone]
     if tails and num_bytes > expected:
         lengths = ' or '.join(f'{expected + 4 * tail.count(_COCO_CLASSES)}' for tail in tails)
         message += (
@@ -411,7 +501,8 @@ def _read(path: Path, model: nn.Module, allow_partial: bool, classifier: bool) -
                     f'{path}: holds batch norms, and this network has no {min(absent)}: '
                     'norm_layer must be a batch norm.'
                 )
-            extents = _check_size(path, layers, _tails(model), size - header, allow_partial, classifier)
+            extents = _check_size(
+                path, layers, _tails(model), size - header, allow_partial, classifier, _comparing(file, header))
             extent = _choose_order(path, file, header, layers, extents)
             file.seek(header)
             state_dict = {
