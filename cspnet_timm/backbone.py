@@ -422,7 +422,12 @@ class CspBackbone(nn.Module):
         Args:
             num_classes: New number of classes, 0 for none.
             global_pool: New pooling; None keeps the one there is, ``''`` leaves the feature maps unpooled.
+
+        Raises:
+            ValueError: If there are classes, and the pooling passed is ``''``; the model is as it was then.
         """
+        if global_pool is not None:  # timm's tests add classes to what was created without pooling
+            _check_pooling(num_classes, global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features

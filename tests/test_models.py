@@ -147,6 +147,8 @@ def test_classifier(network):
     model.reset_classifier(3, 'catavgmax')
     assert model(x).shape == (2, 3)
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    with pytest.raises(ValueError, match=r"global_pool='' gives feature maps, which num_classes=4 cannot classify"):
+        model.reset_classifier(4, '')
     assert model.num_classes == 3 and model(x).shape == (2, 3)
     model.reset_classifier(0)
     assert model(x).shape == (2, model.head_hidden_size)
