@@ -243,11 +243,7 @@ class CspBackbone(nn.Module):
             )
         if not 2 <= len(cfg.levels) <= MAX_LEVELS:
             raise ValueError(f'{len(cfg.levels)} levels cannot be built, a backbone has 2 to {MAX_LEVELS}.')
-        if num_classes > 0 and not global_pool:
-            raise ValueError(
-                f'global_pool=\'\' gives feature maps, which num_classes={num_classes} cannot classify: '
-                'pass num_classes=0, or a pooling such as \'avg\'.'
-            )
+        _check_pooling(num_classes, global_pool)
         dd = {'device': device, 'dtype': dtype}
         self.cfg = cfg
         self.num_classes = num_classes
@@ -591,6 +587,14 @@ class CspBackbone(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Classify images ``(B, in_chans, H, W)``: ``(B, num_classes)``."""
         return self.forward_head(self.forward_features(x))
+
+
+def _check_pooling(num_classes: int, global_pool: str) -> None:
+    if num_classes > 0 and not global_pool:
+        raise ValueError(
+            f'global_pool=\'\' gives feature maps, which num_classes={num_classes} cannot classify: '
+            'pass num_classes=0, or a pooling such as \'avg\'.'
+        )
 
 
 class _ShapesAlone(TorchFunctionMode):
