@@ -37,20 +37,20 @@ def _seed():
 
 
 def pytest_generate_tests(metafunc):
-    from tests.samples import FAMILIES
+    from tests.samples import FAMILIES, FEW
     from tests.stages import NETWORKS
-    from tests.zoo import ALL, NECKS, representatives
+    from tests.zoo import ALL, NECKS, REPRESENTATIVES
     every = metafunc.config.getoption('--all-models')
-    whole = ALL if every else representatives()
     if 'any_model' in metafunc.fixturenames:
         metafunc.parametrize('any_model', ALL)
     if 'model_name' in metafunc.fixturenames:
         metafunc.parametrize('model_name', [
-            pytest.param(name, marks=pytest.mark.slow) if name in NECKS[1:] else name for name in whole])
+            name if name in (*FAMILIES, NECKS[0]) else pytest.param(name, marks=pytest.mark.slow)
+            for name in (ALL if every else (*REPRESENTATIVES, *NECKS))])
     own = [mark.args[0] for mark in metafunc.definition.iter_markers('parametrize')]
     if 'network' in metafunc.fixturenames and 'network' not in own:
-        # One of each family: what these tests look at is in the small networks once already.
-        more = whole if every else (*FAMILIES, NECKS[0])
+        # A few whole ones: what these tests look at is in the small networks once already.
+        more = ALL if every else (*FEW, NECKS[0])
         metafunc.parametrize('network', [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in more)])
 
 

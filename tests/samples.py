@@ -1,4 +1,4 @@
-"""One model of each family, for the tests that every family has to pass."""
+"""One model of each family, for the tests that every family has to pass, and a few of these."""
 
 FAMILIES = (
     'cspnet_nano',
@@ -14,3 +14,7 @@ FAMILIES = (
     'cspnet_yolov9t',
     'cspnet_damo_m',
 )
+
+# What treats every network alike, a library or a compiler, meets here: levels as most are, slices of channels, attention,
+# a pool between levels.
+FEW = ('cspnet_nano', 'cspnet_peleenet', 'cspnet_yolo11n', 'cspnet_yolov4_tiny')

@@ -1,4 +1,4 @@
-"""The libraries that take a backbone from timm, with a model of each family: forward, and backward to every parameter.
+"""The libraries that take a backbone from timm, with a few models: forward, and backward to every parameter.
 
 What each needs is in the extra ``clients``, but fastai and anomalib, which bring too much; a test whose library is
 missing is skipped. The snippets of docs/clients.md run here as well.
@@ -14,14 +14,14 @@ import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2
 
-from tests.samples import FAMILIES
+from tests.samples import FAMILIES, FEW
 from tests.stages import NETWORKS
 
 DOCS = Path(__file__).parents[1] / 'docs' / 'clients.md'
 
 # Those that end at stride 32, as detectors and most decoders want it.
 PYRAMIDS = [name for name in FAMILIES if name != 'cspnet_tutorial']
-pyramids = pytest.mark.parametrize('name', PYRAMIDS)
+pyramids = pytest.mark.parametrize('name', FEW)
 
 # What walks through a network sees the same in these as in all of them.
 stages = pytest.mark.parametrize('name', NETWORKS)
@@ -76,7 +76,7 @@ def images(batch=2, size=64, channels=3):
 @needs('segmentation_models_pytorch')
 @pytest.mark.parametrize('name, decoder, kwargs', [
     *((name, 'Unet', {}) for name in PYRAMIDS),
-    *((name, 'DeepLabV3Plus', dict(encoder_output_stride=8)) for name in PYRAMIDS),
+    *((name, 'DeepLabV3Plus', dict(encoder_output_stride=8)) for name in FEW),
     ('cspnet_nano', 'FPN', {}), ('cspnet_nano', 'DeepLabV3Plus', dict(encoder_output_stride=16)),
     ('cspnet_nano', 'Unet', dict(in_channels=4)),
 ], ids=str)
@@ -391,7 +391,7 @@ NOT_PRUNED = {'cspnet_peleenet': IndexError, 'cspnet_mobilenetv2': IndexError, '
 @needs('torch_pruning')
 @pytest.mark.parametrize('name', [
     pytest.param(name, marks=pytest.mark.xfail(raises=NOT_PRUNED[name], strict=True)) if name in NOT_PRUNED else name
-    for name in FAMILIES if name != 'cspnet_yolo11n'
+    for name in ('cspnet_nano', 'cspnet_rtmdet_nano', *NOT_PRUNED)
 ])
 def test_torch_pruning(name):
     import torch_pruning as tp

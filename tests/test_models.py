@@ -14,6 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from cspnet_timm.counting import count_parameters
 from cspnet_timm.sizes import fingerprint, model_sizes
+from tests.samples import FAMILIES
 from tests.stages import forms, known_forms
 from tests.zoo import ALL, create, create_short, distance, of_features
 
@@ -74,8 +75,17 @@ def test_contract(any_model):
     assert model.forward_head(features).shape == (1, 3)
 
 
-@pytest.mark.parametrize('output_stride', [8, *(pytest.param(s, marks=pytest.mark.slow) for s in (16, 32))])
-def test_feature_shapes(any_model, output_stride):
+def test_feature_shapes(any_model):
+    check_feature_shapes(any_model, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('output_stride', [16, 32])
+def test_feature_shapes_of_each_structure(model_name, output_stride):
+    check_feature_shapes(model_name, output_stride)
+
+
+def check_feature_shapes(any_model, output_stride):
     if any_model.endswith('_pan') and output_stride < 32:
         with pytest.raises(ValueError, match=f'output_stride={output_stride} cannot be with a neck'):
             create_model(any_model, features_only=True, output_stride=output_stride, device='meta')
@@ -89,9 +99,10 @@ def test_feature_shapes(any_model, output_stride):
 
 
 @pytest.mark.slow
-def test_runs(any_model):
-    """With numbers, in a network of any size."""
-    model = create(any_model)
+@pytest.mark.parametrize('name', FAMILIES)
+def test_runs(name):
+    """With numbers, all blocks of all levels."""
+    model = create(name)
     with torch.no_grad():
         assert model(image(1)).isfinite().all()
 

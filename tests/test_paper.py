@@ -366,6 +366,7 @@ def test_documented_comparison(benchmark):
         assert f'{counts["traffic"] / 1e6:.1f}' == traffic
 
 
+@pytest.mark.slow
 def test_documented_sizes(benchmark):
     rows = [row for row in doc_rows() if '.' not in row[0]]
     assert len(rows) == len(TABLE) + len(AFTER)

@@ -1,6 +1,7 @@
 """What walks through a network: compilers, exporters, engines. They see its blocks and stages, whatever its size.
 
-Each runs on the small networks of ``stages.py``; on whole networks, one of each family, ``-m slow``.
+Each runs on the small networks of ``stages.py``, what takes long on one or two of them; on a few whole networks, and on
+the other small ones, ``-m slow``.
 """
 import io
 
@@ -10,9 +11,17 @@ import torch.nn as nn
 from timm.models import create_model
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from tests.zoo import create_short, distance, representatives, structure
+from tests.samples import FEW
+from tests.stages import NETWORKS
+from tests.zoo import NECKS, REPRESENTATIVES, create_short, distance, smallest_of_each_structure, structure
 
 SIZE = 64
+
+
+def fast_with(*names):
+    """The small networks and a few whole ones, of which all but the named ones are slow."""
+    return pytest.mark.parametrize('network', [
+        name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in (*NETWORKS, *FEW, NECKS[0])])
 
 
 def image(batch=2, size=(SIZE, SIZE)):
@@ -33,6 +42,11 @@ def test_torchscript(build, features):
             a, b = model(x), scripted(x)
         for p, q in zip(a, b) if features else [(a, b)]:
             assert distance(q, p) < 1e-5
+
+
+@pytest.mark.slow
+def test_representatives():
+    assert smallest_of_each_structure() == REPRESENTATIVES
 
 
 @pytest.mark.slow
@@ -63,6 +77,7 @@ def test_compile(build):
             assert distance(compiled(x), model(x)) < 1e-5
 
 
+@fast_with('stages_detectors')
 def test_compile_for_training(build):
     """The second batch size makes the graph dynamic, and no other compiles again."""
     model = build(num_classes=10).train()
@@ -95,6 +110,7 @@ def export(model):
         model, (image(2, EXAMPLE_SIZE),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
 
 
+@fast_with('stages_detectors', 'stages_paper')
 def test_export(build):
     model, x = Everything(build()).eval(), image(*OTHER)
     program = export(model)
@@ -125,7 +141,7 @@ def test_onnx(build, tmp_path):
 
 
 @pytest.mark.parametrize('network', [  # those with more blocks than a stem's maps weigh
-    'stages_detectors', 'stages_paper', *(pytest.param(name, marks=pytest.mark.slow) for name in representatives()),
+    'stages_detectors', *(pytest.param(name, marks=pytest.mark.slow) for name in ('stages_paper', *FEW)),
 ])
 def test_gradient_checkpointing_saves_memory(build):
     """What a step holds beside parameters and gradients is about half; of more blocks, less."""

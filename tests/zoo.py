@@ -31,9 +31,20 @@ def structure(model):
     return frozenset((re.sub(r'\d+', '#', n), type(m).__name__) for n, m in modules if not n.endswith('act'))
 
 
-@functools.cache
-def representatives():
-    """The smallest model of each structure, for checks too expensive to run on all."""
+# The smallest model of each structure, for checks too expensive to run on all; test_stages.py holds that it is.
+REPRESENTATIVES = (
+    'cspnet_damo_m', 'cspnet_darknet53', 'cspnet_darknet53_elastic', 'cspnet_densenet121', 'cspnet_mobilenetv2',
+    'cspnet_nano', 'cspnet_peleenet', 'cspnet_plain_darknet53', 'cspnet_plain_mobilenetv2', 'cspnet_plain_peleenet',
+    'cspnet_plain_resnext50', 'cspnet_ppyoloe_t', 'cspnet_resnext50', 'cspnet_resnext50_elastic', 'cspnet_rtmdet_nano',
+    'cspnet_rtmdet_tiny', 'cspnet_rtmdet_x_p6', 'cspnet_tutorial', 'cspnet_yolo11m', 'cspnet_yolo11m_cls',
+    'cspnet_yolo11n', 'cspnet_yolo11n_cls', 'cspnet_yolov4', 'cspnet_yolov4_csp', 'cspnet_yolov4_tiny',
+    'cspnet_yolov5n', 'cspnet_yolov5n_cls', 'cspnet_yolov8n', 'cspnet_yolov8n_cls', 'cspnet_yolov9c',
+    'cspnet_yolov9c_cls', 'cspnet_yolov9m', 'cspnet_yolov9t', 'cspnet_yolox_nano',
+)
+
+
+def smallest_of_each_structure():
+    """What ``REPRESENTATIVES`` has to be."""
     smallest = {}
     for name in ALL:
         if name.endswith('_pan'):
@@ -43,7 +54,7 @@ def representatives():
         key = structure(model)
         if key not in smallest or params < smallest[key][0]:
             smallest[key] = (params, name)
-    return sorted([*NECKS, *(name for _, name in smallest.values())])
+    return tuple(sorted(name for _, name in smallest.values()))
 
 
 def create(name, **kwargs):
