@@ -15,6 +15,6 @@ FAMILIES = (
     'cspnet_damo_m',
 )
 
-# What treats every network alike, a library or a compiler, meets here: levels as most are, slices of channels, attention,
-# a pool between levels.
+# What treats every network alike, a library or a compiler, meets here: levels as most are, slices of channels,
+# attention, a pool between levels.
 FEW = ('cspnet_nano', 'cspnet_peleenet', 'cspnet_yolo11n', 'cspnet_yolov4_tiny')
