@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropBlock2d, calculate_drop_path_rates, get_device_dtype
 from timm.models import checkpoint, named_apply
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._features import feature_take_indices
 from torch.overrides import TorchFunctionMode
 
 from .cross_stage import ComposedStage
@@ -22,8 +22,7 @@ from .fitting import fit, tell_left_out
 from .layers import ActLayer, NormLayer, bind_norm_layer
 from .naming import StateDict
 
-__all__ = ['BackboneCfg', 'CspBackbone', 'Level', 'LevelArgs', 'Neck', 'PyramidFeatures', 'PyramidFeaturesDict',
-           'StateDict']
+__all__ = ['BackboneCfg', 'CspBackbone', 'Level', 'LevelArgs', 'Neck', 'StateDict', 'TakesAnyNames']
 
 OUTPUT_STRIDES = (8, 16, 32)  # and a network's own, where it goes further
 MAX_LEVELS = 6
@@ -174,7 +173,57 @@ class Fitted(Dict[str, torch.Tensor]):
     _metadata: Any = None
 
 
-class CspBackbone(nn.Module):
+class TakesAnyNames(nn.Module):
+    """A network of this package, or a part of one, that loads weights under any of the names that frameworks give."""
+
+    _is_fitted = False  # while a state dict is loaded that has been compared with the network
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, under this network's names or under any that a framework gives them.
+
+        Args:
+            state_dict: The tensors by name, or what a training script has put around them.
+            strict: Everything that the network needs has to be there, and no weights may be left over. Counters and
+                the like, a neck and a classifier that the network does not have are passed over.
+            assign: Take the tensors themselves in place of their values.
+
+        Returns:
+            PyTorch's named tuple of missing and unexpected keys.
+
+        Raises:
+            CheckpointError: If they are another network's, or not enough; a ``ValueError`` and a ``RuntimeError``.
+        """
+        own = self.state_dict()
+        if not isinstance(state_dict, Fitted) and all(
+                isinstance(state_dict[key], torch.Tensor) for key in own if key in state_dict):
+            found = fit(state_dict, self)
+            found.check(strict)
+            tell_left_out(found)
+            others = {} if strict else {key: found.native.tensors[key] for key in found.unexpected}
+            fitted = Fitted({**found.state_dict(self), **others})
+            fitted._metadata = getattr(state_dict, '_metadata', None)
+            state_dict = fitted
+        self._is_fitted = True
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._is_fitted = False
+
+    def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args: Any) -> None:
+        # Of a network within another module, whose names are looked through here; what is missing PyTorch reports.
+        given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        if given and not self._is_fitted and not given.keys() <= self.state_dict().keys():
+            found = fit(given, self)
+            if found.tensors:
+                kept = found.unexpected if found.native.given else []
+                for key in given:
+                    del state_dict[prefix + key]
+                tensors = {**found.state_dict(self), **{key: given[key] for key in kept}}
+                state_dict.update({prefix + key: value for key, value in tensors.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class CspBackbone(TakesAnyNames):
     """A cross stage partial network: classifier, and feature extractor for detection and segmentation.
 
     With a neck, the maps of the last levels are the neck's, and its coarsest one is what the head reads.
@@ -183,8 +232,6 @@ class CspBackbone(nn.Module):
     ``(B, feature_info[i]['num_chs'], H / r, W / r)`` with ``r = feature_info[i]['reduction']``; the logits are
     ``(B, num_classes)``.
     """
-
-    _is_fitted = False  # while a state dict is loaded that has been compared with the network
 
     def __init__(
             self,
@@ -305,50 +352,6 @@ class CspBackbone(nn.Module):
         self.head_hidden_size = self.head.num_features
 
         named_apply(functools.partial(_init_weights, zero_init_last=zero_init_last), self)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights, under this network's names or under any that a framework gives them.
-
-        Args:
-            state_dict: The tensors by name, or what a training script has put around them.
-            strict: Everything that the network needs has to be there, and no weights may be left over. Counters and
-                the like, a neck and a classifier that the network does not have are passed over.
-            assign: Take the tensors themselves in place of their values.
-
-        Returns:
-            PyTorch's named tuple of missing and unexpected keys.
-
-        Raises:
-            CheckpointError: If they are another network's, or not enough; a ``ValueError`` and a ``RuntimeError``.
-        """
-        own = self.state_dict()
-        if not isinstance(state_dict, Fitted) and all(
-                isinstance(state_dict[key], torch.Tensor) for key in own if key in state_dict):
-            found = fit(state_dict, self)
-            found.check(strict)
-            tell_left_out(found)
-            others = {} if strict else {key: found.native.tensors[key] for key in found.unexpected}
-            fitted = Fitted({**found.state_dict(self), **others})
-            fitted._metadata = getattr(state_dict, '_metadata', None)
-            state_dict = fitted
-        self._is_fitted = True
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        finally:
-            self._is_fitted = False
-
-    def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args: Any) -> None:
-        # Of a network within another module, whose names are looked through here; what is missing PyTorch reports.
-        given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        if given and not self._is_fitted and not given.keys() <= self.state_dict().keys():
-            found = fit(given, self)
-            if found.tensors:
-                kept = found.unexpected if found.native.given else []
-                for key in given:
-                    del state_dict[prefix + key]
-                tensors = {**found.state_dict(self), **{key: given[key] for key in kept}}
-                state_dict.update({prefix + key: value for key, value in tensors.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def levels(self) -> List[nn.Module]:
@@ -627,46 +630,6 @@ def _check_level(name: str, level: Level, args: LevelArgs, module: nn.Module, x:
             f'what it builds makes {tuple(y.shape)}.'
         )
     return y
-
-
-class PyramidFeatures(FeatureGetterNet):
-    """timm's extractor for networks whose maps come from other places than a row of children: one with a neck.
-
-    As timm's ``FeatureListNet``, it checkpoints, and can be told by ``return_layers`` to give other maps for a while.
-
-    Input ``(B, in_chans, H, W)``, output a list of maps.
-    """
-
-    __jit_unused_properties__ = ['return_layers']
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As :meth:`CspBackbone.set_grad_checkpointing`."""
-        self.model.set_grad_checkpointing(enable)
-
-    @property
-    def return_layers(self) -> Dict[str, str]:
-        """The maps that are given: the names of their modules, and their numbers."""
-        names = [info['module'] for info in self.feature_info.info]
-        return {names[i]: str(i) for i in self._indices()}
-
-    @return_layers.setter
-    def return_layers(self, layers: Dict[str, str]) -> None:
-        names = [info['module'] for info in self.feature_info.info]
-        self.out_indices = tuple(sorted(names.index(name) for name in layers))
-
-    def _indices(self) -> List[int]:
-        indices: Any = self.out_indices
-        return list(indices)
-
-
-class PyramidFeaturesDict(PyramidFeatures):
-    """The same as a dict of maps by their number, as timm's ``FeatureDictNet`` has it."""
-
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Compute the maps."""
-        maps = self.model.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
-        return {str(index): y for index, y in zip(self._indices(), maps)}
 
 
 def _checkpointed(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

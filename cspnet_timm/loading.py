@@ -17,6 +17,7 @@ from timm.models import _factory, _helpers
 
 from .backbone import CspBackbone, Fitted
 from .checkpoints import CheckpointError, open_checkpoint, read_numbers
+from .extractors import network_of
 from .fitting import Contents, Fit, fit, tell_left_out
 from .naming import Native
 from .sizes import first_conv
@@ -85,6 +86,10 @@ def _read_numbers(
         in_chans: int,
 ) -> Native:
     """Read a file that does not name its tensors, with the classifier that it has."""
+    cfg: Any = network.cfg
+    if any(not hasattr(network, name) for name in ('head', 'stem', *(f'layer{i}' for i in range(1, len(cfg.levels))))):
+        # An extractor, or a network that was pruned: the file holds the levels that it lacks as well.
+        network = CspBackbone(cfg, in_chans, num_classes=getattr(network, 'num_classes', 0), device='meta')
     own: int = getattr(network, 'num_classes', 0)
     first: Optional[CheckpointError] = None
     tried: List[int] = []
@@ -165,16 +170,17 @@ def _load_checkpoint(
         filter_fn: Any = None,
         weights_only: bool = True,
 ) -> Any:
-    if not isinstance(model, CspBackbone) or remap or filter_fn is not None or not use_ema:
+    network = network_of(model)
+    if network is None or remap or filter_fn is not None or not use_ema:
         return load_checkpoint(model, checkpoint_path, use_ema, device, strict, remap, filter_fn, weights_only)
     path = Path(checkpoint_path)
     if not path.is_file():
         raise FileNotFoundError(f'{path}: there is no such checkpoint.')
     with opened(path) as source:
         assert source is not None
-        found = fit_to(source, model, strict)
+        found = fit_to(source, network, strict, classifier=isinstance(network, CspBackbone))
         found.check(strict)
-        return model.load_state_dict(fitted(found, model), strict=strict)
+        return network.load_state_dict(fitted(found, network), strict=strict)
 
 
 def install() -> None:

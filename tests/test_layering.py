@@ -18,8 +18,9 @@ ALLOWED['sources'] = set()
 ALLOWED['naming'] = {'checkpoints', 'sizes'}
 ALLOWED['fitting'] = {'checkpoints', 'naming', 'sizes'}
 ALLOWED['backbone'] |= {'fitting', 'naming'}
-ALLOWED['loading'] = {'backbone', 'checkpoints', 'fitting', 'naming', 'sizes'}
-ALLOWED['families'] = {*LAYERS, 'checkpoints', 'fitting', 'loading', 'naming', 'sources'}
+ALLOWED['extractors'] = {'backbone'}
+ALLOWED['loading'] = {'backbone', 'checkpoints', 'extractors', 'fitting', 'naming', 'sizes'}
+ALLOWED['families'] = {*LAYERS, 'checkpoints', 'extractors', 'fitting', 'loading', 'naming', 'sources'}
 ALLOWED['deployment'] = {*LAYERS, 'files'}  # likewise
 ALLOWED['autoload'] = ALLOWED['files'] = set()
 ALLOWED['sizes'] = ALLOWED['feature_image'] = set()

@@ -2,6 +2,7 @@
 import copy
 import json
 import pickle
+import re
 import struct
 from functools import partial
 
@@ -102,6 +103,44 @@ def test_every_road_gives_one_result(own, tmp_path):
     models.append(outer['backbone'])
     for model in models:
         assert equal(model.state_dict(), state_dict)
+
+
+@pytest.mark.parametrize('fixture, feature_cls, out_indices', [
+    ('yolox_nano', 'list', None), ('own', 'list', (1, 2)), ('own', 'getter', (2,)), ('weights', 'dict', (-1,)),
+    ('weights', 'getter', (1, 2)),
+    *(pytest.param('neck_yolo11n', c, None, marks=pytest.mark.slow) for c in ('list', 'dict', 'getter')),
+])
+def test_an_extractor_takes_what_the_network_takes(fixture, feature_cls, out_indices, own, tmp_path):
+    name = FIXTURES.get(fixture, OWN)
+    if fixture == 'own':
+        torch.save({'model': {f'module.{k}': v for k, v in own.state_dict().items()}}, path := tmp_path / 'a.pth')
+    elif fixture == 'weights':
+        name, path = 'cspnet_mobilenetv2', tmp_path / 'a.weights'
+        tensors = load_fixture('darknet_csmobilenet-v2')[1].values()
+        path.write_bytes(struct.pack('<3iQ', 0, 2, 5, 0) + b''.join(t.numpy().tobytes() for t in tensors))
+    else:
+        info, state_dict, _, _ = load_fixture(fixture)
+        name = name if fixture in FIXTURES else 'cspnet_yolo11n_pan'
+        path = foreign.write(fixture, tmp_path / f'a{foreign.suffix(fixture)}', state_dict, info)
+    whole = from_file(name, path, num_classes=0)
+    kwargs = dict(features_only=True, feature_cls=feature_cls)
+    if out_indices is not None:
+        kwargs['out_indices'] = out_indices
+    first = timm.create_model(name, checkpoint_path=str(path), **kwargs).eval()
+    second = timm.create_model(name, **kwargs).eval()
+    if fixture in ('weights', 'neck_yolo11n'):
+        second.load_state_dict(whole.state_dict())
+    else:
+        with open_checkpoint(path) as checkpoint:
+            second.load_state_dict({'state_dict': checkpoint.state_dict()})
+    for extractor in (first, second, pickle.loads(pickle.dumps(first))):
+        given = extractor.state_dict()
+        assert given and all(torch.equal(v, whole.state_dict()[k.removeprefix('model.')]) for k, v in given.items())
+        assert type(extractor(torch.zeros(1, 3, 64, 64))) is not torch.Tensor
+    with pytest.raises(CheckpointError, match='5 tensors are missing'):
+        second.load_state_dict(dict(list(whole.state_dict().items())[5:]))
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        timm.create_model('cspnet_yolov5n', checkpoint_path=str(path), features_only=True)
 
 
 def test_a_pickled_model_still_loads_by_any_names(own):

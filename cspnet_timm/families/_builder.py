@@ -19,8 +19,9 @@ from timm.models import (
 from timm.models import register_model as timm_register_model
 
 from .. import sources
-from ..backbone import BackboneCfg, CspBackbone, PyramidFeatures, PyramidFeaturesDict, StateDict
+from ..backbone import BackboneCfg, CspBackbone, StateDict
 from ..checkpoints import CheckpointError, open_checkpoint
+from ..extractors import extractor
 from ..fitting import Contents
 from ..loading import fit_to, fitted, install, opened
 from ..sources import Source
@@ -206,9 +207,8 @@ def build_backbone(variant: str, pretrained: bool, cfg: BackboneCfg, **kwargs: A
     num_levels = len(cfg.levels)
     if kwargs.get('features_only') and kwargs.get('out_indices') is not None:
         kwargs['out_indices'] = _check_out_indices(variant, kwargs['out_indices'], num_levels)
-    if cfg.neck is not None and kwargs.get('features_only'):
-        feature_cls = kwargs.get('feature_cls', 'list')
-        kwargs['feature_cls'] = {'list': PyramidFeatures, 'dict': PyramidFeaturesDict}.get(feature_cls, feature_cls)
+    if kwargs.get('features_only'):
+        kwargs['feature_cls'] = extractor(kwargs.get('feature_cls', 'list'), has_neck=cfg.neck is not None)
     named = pretrained and _names_its_weights(kwargs.get('pretrained_cfg_overlay') or {})
     source, is_fetched = _take_source(variant, kwargs) if pretrained else (None, False)
     download = _checked_download(variant, kwargs) if pretrained else contextlib.nullcontext()
