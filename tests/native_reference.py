@@ -137,7 +137,8 @@ def to_bytes(x: np.ndarray, numbers: Range, smallest: float) -> np.ndarray:
     return (np.clip(np.rint(x / step + zero), 0, 255) - zero) * step
 
 
-def weights_in_bytes(weight: np.ndarray, scales: np.ndarray, groups: int, peak: float, clamp: bool) -> np.ndarray:
+def weights_in_bytes(weight: np.ndarray, scales: np.ndarray, groups: int, peak: float, clamp: bool,
+                     units: Optional[np.ndarray] = None) -> np.ndarray:
     """A convolution's weights as bytes: a unit for each output channel, of weight times the steps of what is read.
 
     Args:
@@ -146,6 +147,7 @@ def weights_in_bytes(weight: np.ndarray, scales: np.ndarray, groups: int, peak: 
         groups: Of the convolution.
         peak: The largest magnitude that its sums have shown.
         clamp: Whether what follows needs room for sums up to two.
+        units: The units, where the plan has them; what is beyond 127 of them is cut off.
     """
     n, per_group = weight.shape[:2]
     limit = max(2 * peak, 2.) if clamp else 2 * peak
@@ -153,8 +155,8 @@ def weights_in_bytes(weight: np.ndarray, scales: np.ndarray, groups: int, peak: 
     for k in range(n):
         first = k * groups // n * per_group
         scaled = weight[k] * scales[first:first + per_group, None, None]
-        unit = max(np.abs(scaled).max() / 127, limit / 2 ** 30, 1e-30)
-        result[k] = np.rint(scaled / unit) * unit / scales[first:first + per_group, None, None]
+        unit = max(np.abs(scaled).max() / 127 if units is None else units[k], limit / 2 ** 30, 1e-30)
+        result[k] = np.clip(np.rint(scaled / unit), -127, 127) * unit / scales[first:first + per_group, None, None]
     return result
 
 

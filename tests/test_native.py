@@ -9,7 +9,16 @@ import torch
 import torch.nn as nn
 from timm.models import reparameterize_model
 
-from cspnet_timm.deployment.native import NativeEngine, Plan, UnsupportedNetwork, build, calibrate, lower, unavailable
+from cspnet_timm.deployment.native import (
+    NativeEngine,
+    Plan,
+    UnsupportedNetwork,
+    build,
+    calibrate,
+    correct,
+    lower,
+    unavailable,
+)
 from cspnet_timm.deployment.native.calibrate import evaluate
 from cspnet_timm.deployment.native.tuning import Tuning
 
@@ -297,6 +306,50 @@ def test_ranges():
     assert plan.ranges is None
 
 
+class Layers(nn.Module):
+    """Dense, grouped and depthwise convolutions, and a pooling that leaves the largest values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 6, 2, 2), nn.SiLU(), nn.Conv2d(16, 32, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Hardswish(), nn.Conv2d(32, 48, 3, 2, 1, groups=2), nn.SiLU(),
+            nn.MaxPool2d(5, 1, 2), nn.Conv2d(48, 40, 1), nn.ReLU(), nn.Conv2d(40, 24, 3, padding=1))
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x):
+        x = self.layers(x)
+        return x, self.head(x.mean((2, 3)))
+
+
+@runs_here
+@pytest.mark.usefixtures('level')
+def test_corrected():
+    """On other images than it has seen, what rounding does is less by a tenth and more; the plan as given stays."""
+    model = Layers().eval()
+    x = torch.nn.functional.interpolate(images(24, 3, 12, 12), scale_factor=4., mode='bilinear') + 0.5
+    seen, x = [x[:8], x[8:16]], x[16:]
+    plan = calibrate(lower(model, x[:1], torch.float32), seen)
+    before = {name: tensor.clone() for name, tensor in plan.tensors.items()}
+    better = correct(plan, seen)
+    assert all(torch.equal(tensor, plan.tensors[name]) for name, tensor in before.items())
+    with torch.no_grad():
+        expected = model(x)
+    errors = [[distance(a, b) for a, b in zip(NativeEngine(p, 1, 'int8')(x), expected)] for p in (plan, better)]
+    assert all(b < 0.9 * a for a, b in zip(*errors))
+    again = Plan.from_bytes(*better.to_bytes())
+    for a, b in zip(NativeEngine(again, 2, 'int8')(x), NativeEngine(better, 1, 'int8')(x)):
+        assert torch.equal(a, b)
+
+
+@runs_here
+def test_weights_in_bytes_are_those_that_were_chosen():
+    """bfloat16 holds them so well that the byte of each follows."""
+    for k in range(-127, 128):
+        unit = torch.rand(64, generator=torch.Generator().manual_seed(k)) * 1e-3 + 1e-6
+        assert bool((((k * unit / 0.37).bfloat16().double() * 0.37 / unit).round() == k).all())
+
+
 @pytest.mark.parametrize('kind', [None, 'calibrated'])
 def test_plan_round_trip(kind):
     model = prepared('cspnet_nano')
@@ -451,6 +504,11 @@ def test_tensors_that_lie_are_refused():
                   {bias: tensors[bias].double()}, {bias: tensors[bias][:1]}, {'99.weight': tensors[name]}):
         with pytest.raises(ValueError, match='The plan'):
             Plan.from_bytes(text, {**tensors, **wrong})
+    unit, bad = name.replace('weight', 'unit'), torch.ones(len(tensors[bias]))
+    Plan.from_bytes(text, {**tensors, unit: bad})
+    for wrong in (bad.double(), bad[1:], -bad, 0 * bad, bad / 0, 0 * bad / 0):
+        with pytest.raises(ValueError, match=f'The plan.s tensor {unit} is no vector of {len(bad)} positive float32'):
+            Plan.from_bytes(text, {**tensors, unit: wrong})
     with pytest.raises(ValueError, match=f'{name} is missing'):
         Plan.from_bytes(text, {k: v for k, v in tensors.items() if k != name})
 

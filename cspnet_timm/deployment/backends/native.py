@@ -44,9 +44,11 @@ class Native(Backend):
             precision: str,
             calibration: Sequence[torch.Tensor] = (),
     ) -> 'Native':
-        """Read the network's layers; for int8, and what its maps hold."""
-        plan = native.lower(model, example)
-        return cls(native.calibrate(plan, calibration) if precision == 'int8' else plan)
+        """Read the network's layers; for int8 also what its maps hold, and make good what rounding does to them."""
+        if precision != 'int8':
+            return cls(native.lower(model, example))
+        plan = native.calibrate(native.lower(model, example, torch.float32), calibration)
+        return cls(native.correct(plan, calibration))
 
     def arrangements(self, batch: int, threads: int) -> List[Arrangement]:
         """The engine's own: a thread takes images, or all take a part of one."""

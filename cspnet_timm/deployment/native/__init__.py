@@ -5,8 +5,9 @@ it. For bytes :func:`calibrate` first looks at what the maps hold.
 """
 from .build import has_bfloat16, unavailable
 from .calibrate import calibrate
+from .correcting import correct
 from .engine import NativeEngine
 from .lowering import lower
 from .plan import Plan, UnsupportedNetwork
 
-__all__ = ['NativeEngine', 'Plan', 'UnsupportedNetwork', 'calibrate', 'has_bfloat16', 'lower', 'unavailable']
+__all__ = ['NativeEngine', 'Plan', 'UnsupportedNetwork', 'calibrate', 'correct', 'has_bfloat16', 'lower', 'unavailable']

@@ -1,5 +1,5 @@
 """What a plan's maps hold when it is given images, from which maps of bytes take their steps."""
-from typing import Dict, Iterator, Sequence
+from typing import Dict, Iterator, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from .plan import Plan
 from .ranges import Observer
 
-__all__ = ['calibrate', 'evaluate']
+__all__ = ['calibrate', 'compute', 'evaluate', 'readers']
+
+MOVED = ('slice', 'pool', 'upsample')
 
 
 def evaluate(plan: Plan, x: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -20,44 +22,74 @@ def evaluate(plan: Plan, x: torch.Tensor) -> Iterator[torch.Tensor]:
     Yields:
         Every value, the input first; vectors are maps of one pixel.
     """
-    uses: Dict[int, int] = {}  # the last operation that reads a value, after which it is forgotten
-    for i, op in enumerate(plan.operations):
-        read = [*op.get('xs', []), *(op[k] for k in ('x', 'y', 'like') if op.get(k) is not None)]
-        uses.update(dict.fromkeys(read, i))
+    last = readers(plan)
     values: Dict[int, torch.Tensor] = {0: x}
     yield x
-    for i, op in enumerate(plan.operations):
-        kind = op['op']
-        v = values[op['xs'][0] if kind == 'cat' else op['x']]
-        if kind == 'conv':
-            y = F.conv2d(v, plan.tensors[f'{i}.weight'].float(), plan.tensors[f'{i}.bias'], op['stride'], op['pad'],
-                         op['dilation'], op['groups'])
-        elif kind == 'act':
-            y = activation(v, op['kind'], op['slope'])
-        elif kind == 'add':
-            y = v + values[op['y']]
-        elif kind == 'mul':
-            y = v * values[op['y']]
-        elif kind == 'cat':
-            y = torch.cat([values[k] for k in op['xs']], dim=1)
-        elif kind == 'slice':
-            y = v[:, op['start']:op['stop']]
-        elif kind == 'pool':
-            window = dict(kernel_size=op['kernel'], stride=op['stride'], padding=op['pad'], ceil_mode=op['ceil'])
-            y = F.max_pool2d(v, **window) if op['kind'] == 'max' else F.avg_pool2d(
-                v, **window, count_include_pad=op['kind'] == 'mean_padded')
-        elif kind == 'mean':
-            y = v.mean((2, 3), keepdim=True)
-        elif kind == 'upsample':
-            like = op['like']
-            size = (v.shape[2] * op['scale'], v.shape[3] * op['scale']) if like is None else values[like].shape[2:]
-            y = F.interpolate(v, size=tuple(size))
-        else:
-            y = v.new_zeros(len(v), op['channels'], *v.shape[2:])
+    for i in range(len(plan.operations)):
+        y = compute(plan, i, values)
         yield y
         values[i + 1] = y
-        for k in [k for k in values if uses.get(k, -1) <= i and k != i + 1]:
+        for k in [k for k in values if last.get(k, -1) <= i and k != i + 1]:
             del values[k]
+
+
+def readers(plan: Plan) -> Dict[int, int]:
+    """The last operation that reads each value, after which it may be forgotten; values that none reads are not there.
+
+    Args:
+        plan: The plan.
+    """
+    last: Dict[int, int] = {}
+    for i, op in enumerate(plan.operations):
+        read = [*op.get('xs', []), *(op[k] for k in ('x', 'y', 'like') if op.get(k) is not None)]
+        last.update(dict.fromkeys(read, i))
+    return last
+
+
+def compute(
+        plan: Plan,
+        i: int,
+        values: Dict[int, torch.Tensor],
+        weight: Optional[torch.Tensor] = None,
+        bias: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """What one operation of a plan gives, in float32.
+
+    Args:
+        plan: The plan.
+        i: Which of its operations.
+        values: Those that it reads.
+        weight: Of a convolution, instead of the plan's.
+        bias: The same.
+    """
+    op = plan.operations[i]
+    kind = op['op']
+    v = values[op['xs'][0] if kind == 'cat' else op['x']]
+    if kind == 'conv':
+        weight = plan.tensors[f'{i}.weight'].float() if weight is None else weight
+        bias = plan.tensors[f'{i}.bias'] if bias is None else bias
+        return F.conv2d(v, weight, bias, op['stride'], op['pad'], op['dilation'], op['groups'])
+    if kind == 'act':
+        return activation(v, op['kind'], op['slope'])
+    if kind == 'add':
+        return v + values[op['y']]
+    if kind == 'mul':
+        return v * values[op['y']]
+    if kind == 'cat':
+        return torch.cat([values[k] for k in op['xs']], dim=1)
+    if kind == 'slice':
+        return v[:, op['start']:op['stop']]
+    if kind == 'pool':
+        window = dict(kernel_size=op['kernel'], stride=op['stride'], padding=op['pad'], ceil_mode=op['ceil'])
+        return F.max_pool2d(v, **window) if op['kind'] == 'max' else F.avg_pool2d(
+            v, **window, count_include_pad=op['kind'] == 'mean_padded')
+    if kind == 'mean':
+        return v.mean((2, 3), keepdim=True)
+    if kind == 'upsample':
+        like = op['like']
+        size = (v.shape[2] * op['scale'], v.shape[3] * op['scale']) if like is None else values[like].shape[2:]
+        return F.interpolate(v, size=tuple(size))
+    return v.new_zeros(len(v), op['channels'], *v.shape[2:])
 
 
 def activation(x: torch.Tensor, kind: str, slope: float) -> torch.Tensor:
@@ -96,6 +128,11 @@ def calibrate(plan: Plan, batches: Sequence[torch.Tensor]) -> Plan:
         for batch in batches:
             for observer, v in zip(observers, evaluate(plan, batch.float())):
                 observer.see(v)
+    # What is only moved keeps the steps that it has: a pooling leaves the largest values, and a range for all others
+    # would cut them off.
+    for op, observer in reversed(list(zip(plan.operations, observers[1:]))):
+        if op['op'] in MOVED:
+            observers[op['x']].samples += observer.samples
     image = observers[0]  # whose black and white are to be kept
     ranges = [(image.low, image.high, image.largest), *((*o.range(), o.largest) for o in observers[1:])]
     return Plan(plan.input_shape, plan.operations, plan.outputs, plan.tensors, ranges)

@@ -138,7 +138,7 @@ class _Size:
                 if key not in engine._weights:
                     engine._weights[key] = _pack(layer, engine.tiles, engine.pool)
                 self.packed[layer] = engine._weights[key]
-            layer.weights, layer.biases = [], []
+            layer.weights, layer.biases, layer.units = [], [], []
 
     def program(self, apart: bool) -> Program:
         """What runs as many images as there are threads, or more (``apart``), or fewer."""

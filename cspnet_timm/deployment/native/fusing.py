@@ -64,6 +64,7 @@ def fuse(
             if not layer.depthwise:
                 weight, layer.fields['groups'] = _regroup(weight, op['groups'])
             layer.weights, layer.biases = [weight], [plan.tensors[f'{i}.bias']]
+            layer.units = [plan.tensors.get(f'{i}.unit')]
             layer.peaks = [plan.ranges[i + 1][2] if plan.ranges is not None else 0.]
         layers.append(layer)
     outputs = []
@@ -181,6 +182,7 @@ def _split_by_slices(layers: List[Layer]) -> List[Layer]:
                     part = Layer('conv', layer.ins, [target], layer.fields)
                     part.weights = [layer.weights[0][s['start']:s['stop']]]
                     part.biases = [layer.biases[0][s['start']:s['stop']]]
+                    part.units = [None if u is None else u[s['start']:s['stop']] for u in layer.units]
                     part.peaks = layer.peaks
                     if act is not None:
                         part.act, part.slope = act['kind'], act['slope']
@@ -243,6 +245,7 @@ def _merge_parallel(layers: List[Layer]) -> List[Layer]:
                 first.outs = first.outs + layer.outs
                 first.weights = first.weights + layer.weights
                 first.biases = first.biases + layer.biases
+                first.units = first.units + layer.units
                 first.peaks = first.peaks + layer.peaks
                 continue
             found[key] = layer

@@ -77,6 +77,7 @@ class Layer:
         self.act, self.slope, self.res, self.res_mode = 'none', 0., None, 0  # type: str, float, Optional[Value], int
         self.weights: List[torch.Tensor] = []  # of each output of a convolution
         self.biases: List[torch.Tensor] = []
+        self.units: List[Optional[torch.Tensor]] = []  # of weights in bytes, what a step stands for if that is given
         self.peaks: List[float] = []  # the largest magnitude of each output's sums, where maps lie in bytes
         self.depthwise = False
         self.is_f32 = False

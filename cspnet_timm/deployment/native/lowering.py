@@ -15,16 +15,16 @@ _SAME = {'dropout', 'dropout_', 'feature_dropout', 'alias', 'clone', 'contiguous
 _ACTS = {'relu', 'silu', 'hardswish', 'hardsigmoid', 'sigmoid', 'mish', 'relu6', 'leaky_relu', 'hardtanh', 'clamp'}
 
 
-def lower(model: nn.Module, example: torch.Tensor) -> Plan:
+def lower(model: nn.Module, example: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> Plan:
     """Read a network into a plan.
 
     Args:
         model: The network, in eval mode, float32, on the CPU; it gives one tensor or a list of tensors.
         example: An image, or several.
+        dtype: What the weights are kept in.
 
     Returns:
-        The plan, with its own copy of the weights in bfloat16 (those of depthwise convolutions and all biases in
-        float32).
+        The plan, with its own copy of the weights (those of depthwise convolutions and all biases in float32).
 
     Raises:
         UnsupportedNetwork: If the network does what the engine does not know; the message names it.
@@ -38,13 +38,14 @@ def lower(model: nn.Module, example: torch.Tensor) -> Plan:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UnsupportedNetwork(
             f'The native engine reads what torch.export reads, and not this network: {lines[0][:200]}') from error
-    return _Lowering(program, example).plan()
+    return _Lowering(program, example, dtype).plan()
 
 
 class _Lowering:
-    def __init__(self, program: torch.export.ExportedProgram, example: torch.Tensor) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, example: torch.Tensor, dtype: torch.dtype) -> None:
         self.program = program
         self.example = example
+        self.dtype = dtype
         self.operations: List[Dict[str, Any]] = []
         self.tensors: Dict[str, torch.Tensor] = {}
         self.values: Dict[torch.fx.Node, int] = {}
@@ -81,7 +82,7 @@ class _Lowering:
             if op['op'] == 'conv':
                 weight = self.tensors[f'{i}.weight'].float()
                 depthwise = weight.shape[1] == 1 and op['groups'] == weight.shape[0]
-                weight = weight.contiguous() if depthwise else weight.to(torch.bfloat16).contiguous()
+                weight = weight.contiguous() if depthwise else weight.to(self.dtype).contiguous()
                 self.tensors[f'{i}.weight'] = weight.detach().clone()
         _, channels, height, width = self.example.shape
         try:

@@ -196,8 +196,10 @@ def _in_bytes(layer: Layer, index: int, tiles: bool) -> Tuple[torch.Tensor, torc
         limit = limit + res_add.abs()
     if not linear:
         limit = limit.clamp(min=2.)
-    unit = torch.maximum(weight.flatten(1).abs().amax(dim=1) / 127, limit / 2 ** 30).clamp(min=1e-30)
-    weight = (weight / unit[:, None, None, None]).round()
+    given = layer.units[index]
+    unit = weight.flatten(1).abs().amax(dim=1) / 127 if given is None else given.double()
+    unit = torch.maximum(unit, limit / 2 ** 30).clamp(min=1e-30)
+    weight = (weight / unit[:, None, None, None]).round().clamp(-127, 127)
     if kind == FLOW.BYTES and layer.res_mode == 1:
         bias = bias + res_add
     bias = (bias / unit - (weight * zeros).sum((1, 2, 3))).round().clamp(-2 ** 30, 2 ** 30)

@@ -56,7 +56,9 @@ class Plan:
             input_shape: Channels, height and width of the image the network was read at.
             operations: What is computed, each a dictionary with ``op`` and the fields of that operation.
             outputs: Values that are returned, each with True if it is a vector and not a map.
-            tensors: ``'<i>.weight'`` and ``'<i>.bias'`` of each convolution ``i``.
+            tensors: ``'<i>.weight'`` and ``'<i>.bias'`` of each convolution ``i``; and, where its weights in bytes have
+                been chosen, ``'<i>.unit'``, of each output channel what a step of them stands for, times a step of what
+                is read.
             ranges: For maps of bytes, of the input and of what each operation gives, the ends of the range that 256
                 steps shall cover, with zero between them, and the largest magnitude that is expected at all.
 
@@ -181,6 +183,13 @@ class Plan:
                     raise ValueError(f'The plan\'s tensor {i}.weight is too large: {tuple(weight.shape)}.')
                 if bias.dtype != torch.float32 or tuple(bias.shape) != (weight.shape[0],):
                     raise ValueError(f'The plan\'s tensor {i}.bias is no vector of {weight.shape[0]} float32.')
+                if f'{i}.unit' in self.tensors:
+                    names.add(f'{i}.unit')
+                    unit = self._tensor(f'{i}.unit')
+                    if unit.dtype != torch.float32 or unit.shape != bias.shape or not bool(
+                            ((unit > 0) & (unit < 1e30)).all()):
+                        raise ValueError(f'The plan\'s tensor {i}.unit is no vector of {weight.shape[0]} positive '
+                                         'float32.')
                 groups = _integer(op['groups'], f'{where}.groups', 1, MAX_CHANNELS)
                 if not _depthwise(weight, groups) and (
                         weight.numel() * groups > max(MAX_ELEMENTS >> 2, 32 * weight.numel())):
