@@ -324,6 +324,7 @@ def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:
             f'numbers: {(path.stat().st_size - 16) // 4:,} and the header',
             *[f'holds: {content}' for content in contents],
             f'model: {_listed(list(dict.fromkeys(match.network for match in matches)))}',
+            *_with_neck(list(dict.fromkeys(match.with_neck for match in matches if match.with_neck))),
         ]
     with checkpoint:
         lines = checkpoint.lines()
@@ -331,14 +332,18 @@ def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:
             lines.append(f'names: those of {project}')
         native, names = _natives(checkpoint, look=True)
         lines.append(f'model: {_listed(names)}')
-        if native is not None and (necks := [name for name in with_neck(native) if name not in names]):
-            lines.append(f'with neck: {_listed(necks)}')
+        if native is not None:
+            lines += _with_neck([name for name in with_neck(native) if name not in names])
         if tensors:
             lines += [
                 f'{name}: {"x".join(map(str, info.shape)) or "scalar"} {str(info.dtype).partition(".")[2]}'
                 for name, info in checkpoint.tensors.items()
             ]
     return lines
+
+
+def _with_neck(names: List[str]) -> List[str]:
+    return [f'with neck: {_listed(names)}'] if names else []
 
 
 def _listed(names: List[str]) -> str:

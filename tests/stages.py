@@ -165,19 +165,25 @@ def walks(chs, args):
     def reduce(out_chs=CHS):
         return ConvNormAct(CHS, out_chs, **args.layers)
 
+    def unreduced(chs, args):
+        return SpatialPyramidPool(chs, chs, reduce=False, **args.layers)
+
+    def around(chs):  # a stage around which its input passes through a convolution
+        return nn.Sequential(OrderedDict(conv=ConvNormAct(chs, CHS, **args.layers), csp=ComposedStage(
+            row(thin)(CHS, args), bypass=reduce(), merge=ConvNormAct(2 * CHS, CHS, **args.layers))))
+
+    rep = block(DarkBlock, kernel_size=(3, 3), conv_layers=(ConvNormAct, RepConv), shortcut=False)
     return PathAggregation(
         [
             TopDown(nn.Sequential(OrderedDict(csp=merge(), reduce=reduce()))),
-            TopDown(merge(chs=CHS // 2 + CHS), reduce(CHS // 2)),
+            TopDown(around(CHS // 2 + CHS), reduce(CHS // 2), lateral=reduce()),
         ],
         [
             BottomUp(merge(row(block(DarkBlock, kernel_size=(3, 5), conv_layers=separable, shortcut=False))), halve()),
             BottomUp(merge(), halve(SeparableConv)),
         ],
-        top=merge(row(
-            block(DarkBlock, kernel_size=(3, 3), conv_layers=(ConvNormAct, RepConv), shortcut=False),
-            lambda chs, args: SpatialPyramidPool(chs, chs, reduce=False, **args.layers),
-        ), chs=CHS),
+        top=nn.Sequential(
+            merge(row(rep, unreduced), chs=CHS), composed(row(thin, unreduced, plain))(CHS, args)),
         outputs=[keep(), nn.Identity(), keep(SeparableConv)],
     )
 

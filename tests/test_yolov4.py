@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from cspnet_timm import CspBackbone, cli
 from cspnet_timm.checkpoints import CheckpointError, darknet, read_foreign
-from tests.parity import FOLDER, fill
+from tests.parity import FOLDER, fill, load_fixture
 from tests.zoo import distance
 
 HEADER = struct.pack('<3iQ', 0, 2, 5, 0)
@@ -94,6 +94,97 @@ def test_a_whole_detectors_file_gives_the_references_maps(fixture, name, tmp_pat
     assert len(compared) >= 4 and max(compared.values()) < 1e-5, compared
 
 
+NECK_PARAMS = {  # the convolutions that detect read not among them
+    'cspnet_yolov4_pan': 31_091_456 + 6_196_736, f'{TINY}_pan': 1_049_856 + 1_180_672,
+    'cspnet_yolov4_csp_pan': 19_670_784 + 6_196_736, 'cspnet_yolov4_csp_swish_pan': 19_670_784 + 6_196_736,
+    'cspnet_yolov4_x_mish_pan': 41_231_680 + 9_681_280, 'cspnet_yolov4_csp_x_swish_pan': 41_231_680 + 9_681_280,
+    'cspnet_yolov4_p5_pan': 23_771_392 + 6_196_736, 'cspnet_yolov4_p6_pan': 45_288_704 + 10_917_376,
+    'cspnet_resnext50_pan': 31_779_584 + 6_196_736,
+}
+
+
+@pytest.mark.parametrize('fixture, name', [
+    ('yolov4-tiny', f'{TINY}_pan'),
+    pytest.param('yolov4_neck', 'cspnet_yolov4_pan', marks=pytest.mark.slow),
+    pytest.param('yolov4-csp_neck', 'cspnet_yolov4_csp_pan', marks=pytest.mark.slow),
+    pytest.param('yolov4-p6_wide', 'cspnet_yolov4_p6_pan', marks=pytest.mark.slow),
+])
+def test_a_whole_detectors_file_gives_the_references_necks(fixture, name, tmp_path):
+    info, state_dict, x, outputs = load_fixture(f'darknet_{fixture}')
+    path = tmp_path / 'a.weights'
+    with path.open('wb') as file:
+        file.write(HEADER)
+        for value in state_dict.values():
+            file.write(value.numpy().astype('<f4').tobytes())
+    model = timm.create_model(
+        name, pretrained=True, features_only=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
+    maps = {}
+    neck = model.model.neck
+    for module in (neck.top, *neck.top_down, *neck.bottom_up):  # the last of a size is what the next level reads
+        module.register_forward_hook(lambda _, args, y: maps.update({f'pan{x.shape[-1] // y.shape[-1]}': y}))
+    with torch.no_grad():
+        for reduction, y in zip(model.feature_info.reduction(), model(x)):
+            maps[f'neck{reduction}'] = y
+    distances = {key: distance(maps[key], y) for key, y in outputs.items() if not key.startswith('stride')}
+    assert distances and max(distances.values()) < 1e-5, distances
+    assert {m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {info['bn_eps']}
+
+
+@pytest.mark.parametrize('name', NECK_PARAMS)
+def test_necks_are_what_follows_the_backbone_in_the_file(name):
+    model, plain = empty(name), empty(name.removesuffix('_pan'))
+    assert sum(p.numel() for p in model.neck.parameters()) == NECK_PARAMS[name]
+    layers = [layer for layer in darknet._layers(plain) if len(layer) > 2]
+    assert darknet._layers(model) == layers
+    convs = [darknet.FileConv(*(t[-1].shape[i] for i in (1, 0, 2))) for t in darknet._neck(model)]
+    for tail in darknet._tails(model):
+        listed = [layer for layer in tail.layers if isinstance(layer, darknet.FileConv)]
+        assert convs == listed[:len(convs)] and tail.with_neck == name
+    of_neck = {key for key in model.state_dict() if key.startswith('neck.') and not key.endswith('num_batches_tracked')}
+    assert {tensor.key for layer in darknet._neck(model) for tensor in layer} == of_neck
+    assert {m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
+
+
+@pytest.mark.parametrize('num_classes', [1, 7])
+def test_a_neck_is_found_behind_heads_of_any_number_of_classes(num_classes, tmp_path, caplog):
+    """Every float of the file is its own number, those of what detects are below zero."""
+    numbers, start, expected = [], 0, {}
+    neck = iter(darknet._neck(empty(f'{TINY}_pan')))
+    backbone = sum(tensor.size for layer in darknet._layers(empty(TINY)) for tensor in layer)
+    for layer in darknet._tails(empty(TINY))[0].layers:
+        if isinstance(layer, darknet.DetectionConv):
+            numbers.append(np.full(layer.count(num_classes), -1.))
+        else:
+            for key, shape in next(neck):
+                expected[key] = torch.arange(start, start + int(np.prod(shape)), dtype=torch.float32).reshape(shape)
+                numbers.append(expected[key].flatten().numpy())
+        start = sum(map(len, numbers))
+    path = sparse(tmp_path / 'a.weights', 20 + 4 * (backbone + start), [(backbone, np.concatenate(numbers))])
+    with caplog.at_level(logging.INFO):
+        state_dict = read_foreign(path, empty(f'{TINY}_pan'))
+    assert all(torch.equal(state_dict[key], value) for key, value in expected.items())
+    assert 'and 4 behind them the neck\'s; 2 others, of neck and head, were left out' in caplog.text
+    assert state_dict.keys() == {k for k in empty(f'{TINY}_pan').state_dict() if not k.endswith('num_batches_tracked')}
+
+
+@pytest.mark.parametrize('end, match', [(15, 'none: load it into'), (16, 'only 1: load it into'), (20, None)])
+def test_files_that_end_before_the_neck_does(end, match, tmp_path, caplog):
+    layers, tail = darknet._layers(empty(TINY)), darknet._tails(empty(TINY))[0]
+    path = sparse(tmp_path / 'a.weights', 20 + darknet._num_bytes(layers) + 4 * sum(
+        layer.count(80) for layer in tail.layers[:end - 15]))
+    name = f'{TINY}_pan'
+    if match:
+        message = refuse(path, name, match)
+        assert f'load it into {TINY}, or pass pretrained_strict=False' in message
+    overlay = dict(pretrained_cfg_overlay=dict(file=str(path)), num_classes=0)
+    if match:
+        with pytest.raises(CheckpointError, match=match):
+            timm.create_model(name, pretrained=True, **overlay)
+    model = timm.create_model(name, pretrained=True, pretrained_strict=match is None, **overlay)
+    assert (f'{end - 15} of the 4 convolutions of the neck' in caplog.text) == (match is not None)
+    assert not model.layer1.conv.conv.weight.any() and bool(model.neck.top.conv.weight.any()) == (end == 15)
+
+
 @pytest.mark.parametrize('name', FILES)
 def test_sizes_are_those_of_the_facts(name):
     model = empty(name)
@@ -140,10 +231,12 @@ def test_inspect_and_convert(tmp_path, capsys):
     path = sparse(tmp_path / 'mine.weights', 20 + 4 * (5_866_464 + 3 * 770 * (5 + 2)))
     assert cli.main(['inspect', str(path)]) == 0
     out = capsys.readouterr().out
-    assert 'holds: a detector of 2 classes' in out and f'model: {TINY}\n' in out
+    assert 'holds: a detector of 2 classes' in out and f'model: {TINY}\nwith neck: {TINY}_pan\n' in out
     assert cli.main(['convert', str(path), '--out', str(tmp_path / 'out'), '--license', 'mit']) == 0
     assert f'{TINY}.coco' in capsys.readouterr().out
     assert timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).num_classes == 0
+    assert cli.main(['convert', str(path), '--out', str(tmp_path / 'neck'), '--model', f'{TINY}_pan']) == 0
+    assert 'neck.top.conv.weight' in timm.create_model(f'local-dir:{tmp_path / "neck"}', pretrained=True).state_dict()
 
     both = sparse(tmp_path / 'both.weights', 211_944_840)
     assert cli.main(['inspect', str(both)]) == 0

@@ -2,9 +2,9 @@
 
 A convolution is stored as bias, then scale, mean and variance if it has a batch norm (whose beta the bias is), then
 weights; a network's :class:`Layout` says which convolution comes when, and what follows the network in files that hold
-more: a detector's begins with its backbone, and how long it is depends on its classes. Nothing in a file names its
-network, but its length does: it is compared before a single number is read. What the networks' files hold is listed in
-``data/darknet.csv``, so that none of them is built for it.
+more: a detector's begins with its backbone, its neck follows, and how long it is depends on its classes. Nothing in a
+file names its network, but its length does: it is compared before a single number is read. What the networks' files
+hold is listed in ``data/darknet.csv``, so that none of them is built for it.
 
 Darknet numbers the classes of ImageNet in an order of its own, which ``data/darknet_imagenet_order.txt`` lists; the
 rows of a classifier of 1000 classes are put into the order of the sorted WordNet ids, timm's and everybody's else.
@@ -14,6 +14,7 @@ Format: https://github.com/AlexeyAB/darknet, ``src/parser.c``
 import csv
 import functools
 import logging
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -86,11 +87,13 @@ class Tail:
         network: Name of the model that such a file is for, where several have its backbone.
         layers: The neck's convolutions and those that detect.
         bn_eps: Batch norm's epsilon of the whole file.
+        with_neck: Name of the model that has the neck as well, '' if there is none.
     """
 
     network: str
     layers: Tuple[Union[FileConv, DetectionConv], ...]
     bn_eps: float = 1e-5
+    with_neck: str = ''
 
     def count(self, num_classes: int) -> int:
         """Numbers in the file."""
@@ -106,11 +109,14 @@ class Layout:
         arrange: Puts the tensors that were read, in place and under the network's keys, into the network's own order of
             channels, where that is not the file's.
         tails: Of detectors whose files begin with the network.
+        neck_order: Names those of the network's convolutions that stand in each of the tails, the first of them first;
+            ``order`` does not name them. None if the network has no neck.
     """
 
     order: Callable[[nn.Module], List[str]]
     arrange: Optional[Callable[[Dict[str, torch.Tensor]], None]] = None
     tails: Tuple[Tail, ...] = ()
+    neck_order: Optional[Callable[[nn.Module], List[str]]] = None
 
 
 class Match(NamedTuple):
@@ -121,12 +127,14 @@ class Match(NamedTuple):
         content: What the file holds of it, in words.
         num_classes: Of its classifier, None if it has none.
         alone: Whether it holds the backbone and nothing behind it.
+        with_neck: Name of the model that takes the detector's neck as well, '' if there is none.
     """
 
     network: str
     content: str
     num_classes: Optional[int] = None
     alone: bool = False
+    with_neck: str = ''
 
 
 class _Tensor(NamedTuple):
@@ -145,6 +153,18 @@ class _Extent(NamedTuple):
     tail: Optional[Tail] = None
     num_classes: int = 0  # of the tail
     held_behind: int = 0  # convolutions of the tail
+
+    @property
+    def held_of_neck(self) -> int:
+        """Convolutions of the tail that do not detect."""
+        behind = self.tail.layers[:self.held_behind] if self.tail is not None else ()
+        return sum(isinstance(layer, FileConv) for layer in behind)
+
+    @property
+    def has_neck(self) -> bool:
+        """Whether nothing is missing of the tail but what detects."""
+        missing = self.tail.layers[self.held_behind:] if self.tail is not None else ()
+        return self.tail is not None and not any(isinstance(layer, FileConv) for layer in missing)
 
 
 _LooksRight = Callable[[List[List[_Tensor]], _Extent], bool]
@@ -178,11 +198,25 @@ def class_order() -> Tuple[int, ...]:
     return tuple(sorted(range(len(wordnet_ids)), key=wordnet_ids.__getitem__))
 
 
+def _layout(model: nn.Module) -> Optional[Layout]:
+    return getattr(getattr(model, 'cfg', None), 'file_layout', None)
+
+
 def _layers(model: nn.Module) -> List[List[_Tensor]]:
-    """The tensors of each convolution, in file order; of a model without such files, none."""
-    layout = getattr(getattr(model, 'cfg', None), 'file_layout', None)
+    """The tensors of each convolution but the neck's, in file order; of a model without such files, none."""
+    layout = _layout(model)
+    return [] if layout is None else _tensors(model, layout.order(model))
+
+
+def _neck(model: nn.Module) -> List[List[_Tensor]]:
+    """The tensors of each of the neck's convolutions, in file order."""
+    layout = _layout(model)
+    return [] if layout is None or layout.neck_order is None else _tensors(model, layout.neck_order(model))
+
+
+def _tensors(model: nn.Module, names: List[str]) -> List[List[_Tensor]]:
     layers = []
-    for name in layout.order(model) if layout is not None else ():
+    for name in names:
         module: Any = model.get_submodule(name)
         conv, bn, prefix = getattr(module, 'conv', module), getattr(module, 'bn', None), f'{name}.'
         if bn is None:
@@ -198,7 +232,7 @@ def _layers(model: nn.Module) -> List[List[_Tensor]]:
 
 
 def _tails(model: nn.Module) -> Tuple[Tail, ...]:
-    layout = getattr(getattr(model, 'cfg', None), 'file_layout', None)
+    layout = _layout(model)
     return layout.tails if layout is not None else ()
 
 
@@ -294,11 +328,11 @@ def format_streams() -> str:
     Returns:
         The text of ``data/darknet.csv``.
     """
-    lines = ['model,network,layers']
+    lines = ['model,network,with_neck,layers']
     for name, build in NETWORKS.items():
         model = build(device='meta')
-        rows = [('', _layers(model)), *((tail.network, tail.layers) for tail in _tails(model))]
-        lines += [f'{name},{network},{" ".join(map(_word, layers))}' for network, layers in rows]
+        rows = [(',', _layers(model)), *((f'{t.network},{t.with_neck}', t.layers) for t in _tails(model))]
+        lines += [f'{name},{networks},{" ".join(map(_word, layers))}' for networks, layers in rows]
     return ''.join(f'{line}\n' for line in lines)
 
 
@@ -326,7 +360,8 @@ def _known() -> Dict[str, Tuple[List[List[_Tensor]], Tuple[Tail, ...]]]:
     for row in csv.DictReader(data.read_text(encoding='ascii').splitlines()):
         words = row['layers'].split()
         if row['network']:
-            tails[row['model']].append(Tail(row['network'], tuple(map(_tail_layer, words))))
+            tail = Tail(row['network'], tuple(map(_tail_layer, words)), with_neck=row['with_neck'])
+            tails[row['model']].append(tail)
         else:
             layers[row['model']], tails[row['model']] = list(map(_own_layer, words)), []
     known = {name: (layers[name], tuple(tails[name])) for name in NETWORKS if name in layers}
@@ -365,13 +400,20 @@ def _matches(num_bytes: int, looks_right: Optional[_LooksRight] = None) -> List[
             content = f'its {extent.held} convolutions, and {extent.held_behind} of a detector behind them'
             if extent.held_behind == len(tail.layers):
                 content = _describe(extent)
-            found = usual if extent.num_classes in (0, _COCO_CLASSES) else unusual
-            found.append((Match(tail.network, content), looks_right is None or looks_right(layers, extent)))
+            rank = usual if extent.num_classes in (0, _COCO_CLASSES) else unusual
+            match = Match(tail.network, content, with_neck=tail.with_neck if extent.has_neck else '')
+            rank.append((match, looks_right is None or looks_right(layers, extent)))
     ranks = (usual, unusual, beginnings)
     right = [[match for match, is_right in rank if is_right] for rank in ranks]
     found_right = next((rank for rank in right if rank), [])
     # Where no variance is as it should be, the length alone is said, and a reader will refuse the file.
-    return list(dict.fromkeys(found_right or [match for match, _ in next((rank for rank in ranks if rank), [])]))
+    found = found_right or [match for match, _ in next((rank for rank in ranks if rank), [])]
+    # Of two detectors that begin alike, what a file holds may be the whole neck of the one.
+    told: Dict[Match, Match] = {}
+    for match in found:
+        same = match._replace(with_neck='')
+        told[same] = match if match.with_neck else told.get(same, match)
+    return list(told.values())
 
 
 def _comparing(file: BinaryIO, header: int) -> _LooksRight:
@@ -424,6 +466,7 @@ def _check_size(
         allow_partial: bool,
         classifier: bool,
         looks_right: Optional[_LooksRight] = None,
+        num_of_neck: int = 0,
 ) -> List[_Extent]:
     """Compare the length with what the network needs, and return how much of it the file may hold."""
     expected = _num_bytes(layers)
@@ -437,8 +480,15 @@ def _check_size(
         )
     needed = len(layers) if classifier else len(_backbone(layers))
     complete = [extent for extent in extents if extent.held >= needed]
+    with_neck = [extent for extent in complete if extent.held_of_neck >= num_of_neck]
+    if complete and not with_neck and not allow_partial:
+        lacking = f'only {complete[0].held_of_neck}' if complete[0].held_of_neck else 'none'
+        raise CheckpointError(
+            f'{path}: holds the backbone, and of the {num_of_neck} convolutions of the neck behind it {lacking}: load '
+            f'it into {tails[0].network}, or pass pretrained_strict=False, which leaves the others as they are.'
+        )
     if complete or (extents and allow_partial):
-        return complete or extents
+        return with_neck or complete or extents
 
     message = (
         f'{path}: holds {num_bytes} bytes of weights where this network has {expected}, '
@@ -487,7 +537,7 @@ def _read_tensor(path: Path, file: BinaryIO, tensor: _Tensor) -> torch.Tensor:
 
 
 def _read(path: Path, model: nn.Module, allow_partial: bool, classifier: bool) -> Dict[str, torch.Tensor]:
-    layers = _layers(model)
+    layers, neck = _layers(model), _neck(model)
     try:
         size = path.stat().st_size
         with path.open('rb') as file:
@@ -495,24 +545,28 @@ def _read(path: Path, model: nn.Module, allow_partial: bool, classifier: bool) -
             if not layers:
                 raise CheckpointError(
                     f'{path}: is a Darknet file, and there are none for this network, but for {", ".join(NETWORKS)}.')
-            absent = {tensor.key for layer in layers for tensor in layer}.difference(model.state_dict())
+            absent = {tensor.key for layer in layers + neck for tensor in layer}.difference(model.state_dict())
             if absent:
                 raise CheckpointError(
                     f'{path}: holds batch norms, and this network has no {min(absent)}: '
                     'norm_layer must be a batch norm.'
                 )
             extents = _check_size(
-                path, layers, _tails(model), size - header, allow_partial, classifier, _comparing(file, header))
+                path, layers, _tails(model), size - header, allow_partial, classifier, _comparing(file, header),
+                len(neck))
             extent = _choose_order(path, file, header, layers, extents)
             file.seek(header)
             state_dict = {
                 tensor.key: _read_tensor(path, file, tensor) for layer in layers[:extent.held] for tensor in layer}
+            state_dict.update(_read_neck(path, file, neck, extent))
     except OSError as error:
         raise CheckpointError(f'{path}: cannot be read ({error.strerror or error}).') from error
     if extent.tail is not None:
+        taken = min(len(neck), extent.held_of_neck)
+        of_neck = f', and {taken} behind them the neck\'s' if taken else ''
         _logger.info(
-            f'{path} holds {_describe(extent)}. {extent.held} convolutions are the backbone\'s; '
-            f'{extent.held_behind} behind them, of neck and head, were left out.'
+            f'{path} holds {_describe(extent)}. {extent.held} convolutions are the backbone\'s{of_neck}; '
+            f'{extent.held_behind - taken} {"others" if taken else "behind them"}, of neck and head, were left out.'
         )
         _convert_eps(path, state_dict, model, extent.tail.bn_eps)
     elif extent.held < (len(layers) if classifier else len(_backbone(layers))):
@@ -522,9 +576,31 @@ def _read(path: Path, model: nn.Module, allow_partial: bool, classifier: bool) -
         )
     elif extent.held == len(layers) > len(_backbone(layers)):
         _sort_classes(state_dict, layers[-1])
+    if extent.held_of_neck < len(neck):
+        _logger.warning(
+            f'{path} holds {extent.held_of_neck} of the {len(neck)} convolutions of the neck; the others are left as '
+            'they are.'
+        )
     layout: Any = model.cfg.file_layout
     if layout.arrange is not None:
         layout.arrange(state_dict)
+    return state_dict
+
+
+def _read_neck(
+        path: Path,
+        file: BinaryIO,
+        neck: List[List[_Tensor]],
+        extent: _Extent,
+) -> Dict[str, torch.Tensor]:
+    """Read what a network has of the tail, from behind the backbone; what detects is passed over."""
+    state_dict, remaining = {}, iter(neck)
+    for layer in extent.tail.layers[:extent.held_behind] if neck and extent.tail is not None else ():
+        tensors = next(remaining, None) if isinstance(layer, FileConv) else None
+        if tensors is None:
+            file.seek(4 * layer.count(extent.num_classes), os.SEEK_CUR)
+            continue
+        state_dict.update({tensor.key: _read_tensor(path, file, tensor) for tensor in tensors})
     return state_dict
 
 
@@ -585,8 +661,8 @@ def read(
 ) -> Dict[str, torch.Tensor]:
     """Read a file: of the network, of a detector that begins with it, or one of ``darknet partial``.
 
-    ``csdarknet53-omega.conv.105`` is a published backbone. What a detector's file holds behind it is left out, and how
-    much that is logged.
+    ``csdarknet53-omega.conv.105`` is a published backbone. What a detector's file holds behind it and is not of the
+    network's neck is left out, and how much that is logged.
 
     Args:
         path: The file.

@@ -1,19 +1,26 @@
 """What the networks trained in Darknet have in common: activation, batch norm, files and preprocessing."""
 import functools
+import re
+from collections import OrderedDict
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
+import torch
 import torch.nn as nn
 
-from ..backbone import BackboneCfg, CspBackbone, Level
+from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, Neck
+from ..blocks import DarkBlock
 from ..checkpoints import darknet
 from ..checkpoints.darknet import DetectionConv, FileConv, Layout, Tail
 from ..cross_stage import ComposedStage
-from ..layers import ActLayer, ConvNormAct
+from ..layers import ActLayer, ConvNormAct, SpatialPyramidPool
+from ..naming import roll_channels
 from ._builder import IN1K, License, build_backbone, default_cfg
+from ._neck import lateral_neck
 from ._weights import CLASSIFICATION, DETECTION, Source, by_hand, web
 
-__all__ = ['ALEXEYAB', 'LEAKY', 'PJREDDIE', 'WONGKINYIU', 'backbone_order', 'build_darknet', 'darknet_cfg',
-           'detector_cfg', 'drive', 'file_order', 'register_darknet', 'spp_pan_tail', 'yolov4_cfg']
+__all__ = ['ALEXEYAB', 'LEAKY', 'PJREDDIE', 'WONGKINYIU', 'backbone_order', 'build_darknet',
+           'darknet_cfg', 'detector_cfg', 'drive', 'file_order', 'neck_order', 'pan_layout',
+           'register_darknet', 'spp_pan_neck', 'spp_pan_tail', 'yolov4_cfg']
 
 LEAKY = functools.partial(nn.LeakyReLU, negative_slope=0.1)
 
@@ -57,7 +64,36 @@ def file_order(model: nn.Module) -> List[str]:
 
 def backbone_order(model: nn.Module) -> List[str]:
     """As :func:`file_order`, of a detector's backbone, which has no classifier in any file."""
-    return [name for name in file_order(model) if not name.startswith('head.')]
+    return [name for name in file_order(model) if not name.startswith(('neck.', 'head.'))]
+
+
+def neck_order(model: nn.Module, nodes: Sequence[str]) -> List[str]:
+    """As :func:`file_order`, of a detector's neck.
+
+    Args:
+        model: The network.
+        nodes: The neck's nodes in the order of the file, ``'top_down'`` for all of that walk or ``'top_down.0'``.
+
+    Returns:
+        Names of modules.
+    """
+    names = [name for name in file_order(model) if name.startswith('neck.')]
+    return [name for node in nodes for name in names if f'{name}.'.startswith(f'neck.{node}.')]
+
+
+def _arrange_neck(state_dict: Dict[str, torch.Tensor]) -> None:
+    """Put a neck's channels into this package's order, in place.
+
+    The cfgs concatenate [level, coarser one] on the way down, and an SPP's widest pool comes first.
+
+    Args:
+        state_dict: The tensors.
+    """
+    for key, value in state_dict.items():
+        if re.fullmatch(r'neck\.top_down\.\d+\.stage\.conv\.conv\.weight', key):
+            roll_channels(state_dict, key, (1,), value.shape[1] // 2)
+        elif re.fullmatch(r'neck\.top\..*spp\.conv2\.conv\.weight', key):
+            state_dict[key] = value.unflatten(1, (4, -1)).flip(1).flatten(1, 2)
 
 
 def _five(in_chs: int, chs: int) -> List[FileConv]:
@@ -68,7 +104,7 @@ def spp_pan_tail(network: str, chs: Tuple[int, int, int]) -> Tail:
     """What follows the backbone in the files of YOLOv4 and its like: an SPP, a pyramid of plain convolutions, heads.
 
     Args:
-        network: Name of the model that the files are for.
+        network: Name of the model that the files are for; the one with the neck is called so, and ``_pan``.
         chs: Channels of the backbone's maps at the strides 8, 16 and 32.
 
     Returns:
@@ -85,7 +121,52 @@ def spp_pan_tail(network: str, chs: Tuple[int, int, int]) -> Tail:
         if h > 128:
             layers += [FileConv(h // 2, h, 3), *_five(2 * h, h)]
         layers += [FileConv(h, 2 * h, 3), DetectionConv(2 * h, 3)]
-    return Tail(network, tuple(layers))
+    return Tail(network, tuple(layers), with_neck=f'{network}_pan')
+
+
+def _wide_block(chs: int, args: LevelArgs) -> nn.Module:
+    return DarkBlock(chs, chs, bottle_ratio=2., kernel_size=(3, 1), shortcut=False, **args.layers)
+
+
+def _spp_pan_stage(in_chs: int, chs: int, args: LevelArgs) -> nn.Module:
+    """Five convolutions, 1×1 and 3×3 in turn."""
+    return nn.Sequential(OrderedDict(
+        conv=ConvNormAct(in_chs, chs, **args.layers),
+        blocks=nn.Sequential(_wide_block(chs, args), _wide_block(chs, args)),
+    ))
+
+
+def _spp_pan_top(in_chs: int, chs: int, args: LevelArgs) -> nn.Module:
+    return nn.Sequential(OrderedDict(
+        conv=ConvNormAct(in_chs, chs, **args.layers),
+        block1=_wide_block(chs, args),
+        spp=SpatialPyramidPool(chs, chs, reduce=False, **args.layers),
+        block2=_wide_block(chs, args),
+    ))
+
+
+def spp_pan_neck() -> Neck:
+    """The neck of YOLOv4 and its like, whose stages are plain rows of convolutions, with LeakyReLU."""
+    return lateral_neck((128, 256, 512), _spp_pan_stage, _spp_pan_top, act_layer=LEAKY)
+
+
+def pan_layout(tail: Tail, heads_last: bool = False) -> Layout:
+    """How the files list a network with such a neck, whichever its stages are.
+
+    Args:
+        tail: What follows the backbone.
+        heads_last: Whether the maps' last convolutions, with those that detect, are at the end, or each behind its
+            level.
+
+    Returns:
+        The layout.
+    """
+    nodes: Sequence[str]
+    if heads_last:
+        nodes = ('top', 'top_down', 'bottom_up', 'outputs')
+    else:
+        nodes = ('top', 'top_down', 'outputs.0', 'bottom_up.0', 'outputs.1', 'bottom_up.1', 'outputs.2')
+    return Layout(backbone_order, _arrange_neck, (tail,), functools.partial(neck_order, nodes=nodes))
 
 
 def register_darknet(*builders: Callable[..., nn.Module]) -> None:
@@ -104,6 +185,7 @@ def build_darknet(
         cfg_act: ActLayer = LEAKY,
         cfg_eps: float = 1e-6,
         layout: Optional[Layout] = None,
+        neck: Optional[Neck] = None,
         **kwargs: Any,
 ) -> CspBackbone:
     """Build a network whose weights were trained in Darknet.
@@ -116,13 +198,15 @@ def build_darknet(
         cfg_eps: What Darknet adds to the variances. `darknet classifier valid` of the paper's time folded the batch
             norms with sqrt(var + 1e-6), and what it printed is what is published; since February 2020 it is 1e-5.
         layout: How files list the network; by default as a classifier.
+        neck: What stands behind the last levels.
         **kwargs: What ``timm.create_model`` passes on.
 
     Returns:
         The model.
     """
     cfg = BackboneCfg(
-        levels=levels, act_layer=cfg_act, bn_eps=cfg_eps, bn_momentum=0.01, file_layout=layout or Layout(file_order))
+        levels=levels, act_layer=cfg_act, bn_eps=cfg_eps, bn_momentum=0.01, file_layout=layout or Layout(file_order),
+        neck=neck)
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 

@@ -8,11 +8,11 @@ from typing import Callable, List, Optional, Sequence
 import torch.nn as nn
 
 from ..backbone import LevelArgs, Neck, StateDict
-from ..layers import ConvNormAct
+from ..layers import ActLayer, ConvNormAct
 from ..naming import Rule, rename_keys
 from ..neck import BottomUp, PathAggregation, TopDown
 
-__all__ = ['keeping_neck', 'reducing_neck', 'rename_reducing_neck']
+__all__ = ['keeping_neck', 'lateral_neck', 'reducing_neck', 'rename_reducing_neck']
 
 Stage = Callable[[int, int, LevelArgs], nn.Module]  # of the channels that go in and come out
 
@@ -142,3 +142,43 @@ def keeping_neck(
         _keeping, out_chs=out_chs, stage=stage, last=last or stage, top=top, down=down,
         down_chs=out_chs[:-1] if down_chs is None else down_chs)
     return Neck(build, tuple(out_chs))
+
+
+def _lateral(
+        chs: List[int],
+        args: LevelArgs,
+        widths: Sequence[int],
+        stage: Stage,
+        top: Stage,
+) -> nn.Module:
+    pairs = list(itertools.pairwise(widths))  # of a level and the coarser one
+    return PathAggregation(
+        [TopDown(stage(2 * fine, fine, args), ConvNormAct(coarse, fine, **args.layers),
+                 ConvNormAct(own, fine, **args.layers))
+         for own, (fine, coarse) in reversed(list(zip(chs, pairs)))],
+        [BottomUp(stage(2 * coarse, coarse, args), _conv(fine, coarse, args)) for fine, coarse in pairs],
+        top=top(chs[-1], widths[-1], args),
+        outputs=[ConvNormAct(width, 2 * width, 3, **args.layers) for width in widths],
+    )
+
+
+def lateral_neck(
+        chs: Sequence[int],
+        stage: Stage,
+        top: Stage,
+        act_layer: ActLayer = None,
+) -> Neck:
+    """The neck of YOLOv4 and its like: 1×1 convolutions bring a level and the coarser one to one width.
+
+    Every map ends in a 3×3 convolution to twice the level's channels, which what detects reads.
+
+    Args:
+        chs: Channels of the levels within the neck, the finest first; the maps have twice as many.
+        stage: Called with the channels of a node's concatenation and of its output, and the arguments of the layers.
+        top: The same for the coarsest level on the way down.
+        act_layer: Activation, the backbone's if None.
+
+    Returns:
+        The neck.
+    """
+    return Neck(partial(_lateral, widths=tuple(chs), stage=stage, top=top), tuple(2 * c for c in chs), act_layer)

@@ -142,15 +142,15 @@ def with_pan(
 
     Args:
         cfgs: Config by 'architecture.tag', as :func:`describe_weights` takes it.
-        but: Patterns of tags of detectors that have another neck.
-        also: Patterns of tags that have the neck, though their task is no detector's.
+        but: Patterns of tags, or of 'architecture.tag', of detectors that have another neck or belong to another model.
+        also: Likewise of those that have the neck, though their task is no detector's.
 
     Returns:
         The same, and for each whose task is a detector's a copy by 'architecture_pan.tag'.
     """
     def has_neck(name: str) -> bool:
         def listed(patterns: Sequence[str]) -> bool:
-            return any(fnmatchcase(name.partition('.')[2], pattern) for pattern in patterns)
+            return any(fnmatchcase(n, pattern) for n in (name, name.partition('.')[2]) for pattern in patterns)
         info = cfgs[name].get('info') or {}
         return listed(also) or (info.get('task') in (DETECTION, SEGMENTATION, ROTATED) and not listed(but))
 

@@ -19,17 +19,20 @@ from ..blocks import BottleneckBlock, DarkBlock, ElasticBlock
 from ..checkpoints.darknet import Layout
 from ..cross_stage import ComposedStage, CrossStage
 from ..layers import ConvNormAct, down_pool
-from ._builder import by_hand, describe_weights, register_model
+from ._builder import by_hand, describe_weights, register_model, register_pan
 from ._darknet import (
     build_darknet,
     darknet_cfg,
     detector_cfg,
     drive,
     file_order,
+    pan_layout,
     register_darknet,
+    spp_pan_neck,
     spp_pan_tail,
     yolov4_cfg,
 )
+from ._weights import with_pan
 
 __all__: List[str] = []
 
@@ -149,11 +152,19 @@ def _resnext(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     return build_darknet(variant, pretrained, _res_levels((256, 512, 1024, 2048), block, groups=32), **kwargs)
 
 
+_PAN_TAIL = spp_pan_tail('cspnet_resnext50', (512, 1024, 2048))  # of CSResNeXt50-PANet-SPP
+
+
+def _create_pan(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
+    return _resnext(
+        variant, pretrained, cfg_eps=1e-5, neck=spp_pan_neck(), layout=pan_layout(_PAN_TAIL), **kwargs)
+
+
 _dark_cfg = partial(darknet_cfg, first_conv='stem.conv1.conv')
 
 # The tags coco are of detectors, whose batch norms Darknet computes with another epsilon: the variances are converted
 # when they load. The default, *, stands behind the tag that timm can download and would make the default otherwise.
-default_cfgs = describe_weights({
+default_cfgs = describe_weights(with_pan({
     'cspnet_resnet50.in1k': darknet_cfg(
         [drive('1pNU6DctLlf3mnJI-opZL6kCx_hSNsEKj', 'csresnet50_final.weights')], 76.6, 93.3),
     'cspnet_resnet50.gamma_in1k': darknet_cfg(
@@ -183,7 +194,7 @@ default_cfgs = describe_weights({
         [by_hand('https://github.com/AlexeyAB/darknet',
                  filename='csresnext50-panet-spp-original-optimal_final.weights')],
         letterbox=False, size=608, ap=43.2, ap50=65.4, first_conv='stem.conv'),
-})
+}, but=('cspnet_darknet53_mish.coco',)))  # whose neck is cspnet_yolov4_pan's
 
 
 @register_model
@@ -209,7 +220,7 @@ def cspnet_resnet50_elastic(pretrained: bool = False, **kwargs: Any) -> CspBackb
 @register_model
 def cspnet_resnext50(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """CSPResNeXt-50: 32 groups and no bottleneck, since half the channels enter the blocks."""
-    layout = Layout(file_order, tails=(spp_pan_tail('cspnet_resnext50', (512, 1024, 2048)),))
+    layout = Layout(file_order, tails=(_PAN_TAIL,))
     return _resnext('cspnet_resnext50', pretrained, layout=layout, **kwargs)
 
 
@@ -246,6 +257,8 @@ def cspnet_darknet53_elastic(pretrained: bool = False, **kwargs: Any) -> CspBack
     """CSPDarknet-53 whose blocks work on half their channels at half the resolution."""
     return build_darknet('cspnet_darknet53_elastic', pretrained, _dark_levels(elastic=True), **kwargs)
 
+
+cspnet_resnext50_pan = register_pan('cspnet_resnext50_pan', _create_pan)
 
 register_darknet(
     cspnet_resnet50, cspnet_resnet50_mish, cspnet_resnet50_elastic,

@@ -1,4 +1,4 @@
-"""The backbones of YOLOv4 and Scaled-YOLOv4, as the Darknet cfgs of their detectors define them.
+"""The backbones of YOLOv4 and Scaled-YOLOv4, also with their necks, as the Darknet cfgs of the detectors define them.
 
 CSPDarknet in several widths and depths: a 3×3 convolution of stride 2, then a cross stage of Darknet's blocks with a
 1×1 convolution behind them and one behind the concatenation. CSP and x begin with a plain residual block in place of
@@ -8,8 +8,9 @@ the first cross stage; P5 and P6 are deeper, and P6 goes on to stride 64. The SP
 Darknet has had since. YOLOv4-tiny is another network: its cross stages split the channels, the whole map bypasses
 them, and nothing merges; 2×2 pools halve its maps.
 
-A detector's ``.weights`` file begins with its backbone. What follows depends on the number of classes; it is described
-here so that a file is known by its length, and left out.
+A detector's ``.weights`` file begins with its backbone. The convolutions that detect, whose length depends on the
+number of classes, stand between those of the neck that follow, or behind them; all is described here, so that a file is
+known by its length.
 
 Papers: `YOLOv4: Optimal Speed and Accuracy of Object Detection`, https://arxiv.org/abs/2004.10934;
 `Scaled-YOLOv4: Scaling Cross Stage Partial Network`, https://arxiv.org/abs/2011.08036
@@ -22,23 +23,29 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 
-from ..backbone import CspBackbone, Level, LevelArgs
+from ..backbone import CspBackbone, Level, LevelArgs, Neck
 from ..blocks import ConcatOutputs, DarkBlock
 from ..checkpoints.darknet import DetectionConv, FileConv, Layout, Tail
 from ..cross_stage import ComposedStage, CrossStage
-from ..layers import ChannelSlice, ConvNormAct, down_pool
+from ..layers import ChannelSlice, ConvNormAct, SpatialPyramidPool, down_pool
 from ..naming import register_foreign_project, roll_channels
-from ._builder import License, describe_weights, register_model, web
+from ..neck import PathAggregation, TopDown
+from ._builder import License, describe_weights, register_model, register_pan, web
 from ._darknet import (
     ALEXEYAB,
     LEAKY,
     backbone_order,
     build_darknet,
     detector_cfg,
+    neck_order,
+    pan_layout,
     register_darknet,
+    spp_pan_neck,
     spp_pan_tail,
     yolov4_cfg,
 )
+from ._neck import lateral_neck
+from ._weights import with_pan
 
 __all__: List[str] = []
 
@@ -49,6 +56,7 @@ STEM_CHS = 32
 class Size(NamedTuple):
     """One network of the CSPDarknet form, and the neck behind it in its detector's file."""
 
+    act_layer: Any
     chs: Tuple[int, ...]  # at the strides 2, 4, 8 …
     depths: Tuple[int, ...]
     first_chs: Optional[int]  # of each branch of the first cross stage; None for a plain residual block in its place
@@ -59,18 +67,20 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    'cspnet_yolov4': Size((64, 128, 256, 512, 1024), (1, 2, 8, 8, 4), 64),
-    'cspnet_yolov4_csp': Size((64, 128, 256, 512, 1024), (1, 2, 8, 8, 4), None, 2),
-    'cspnet_yolov4_csp_swish': Size((64, 128, 256, 512, 1024), (1, 2, 8, 8, 4), None, 2, heads_last=True),
-    'cspnet_yolov4_x_mish': Size((80, 160, 320, 640, 1280), (1, 3, 10, 10, 5), None, 3, (160, 320, 640)),
+    'cspnet_yolov4': Size(nn.Mish, (64, 128, 256, 512, 1024), (1, 2, 8, 8, 4), 64),
+    'cspnet_yolov4_csp': Size(nn.Mish, (64, 128, 256, 512, 1024), (1, 2, 8, 8, 4), None, 2),
+    'cspnet_yolov4_csp_swish': Size(nn.SiLU, (64, 128, 256, 512, 1024), (1, 2, 8, 8, 4), None, 2, heads_last=True),
+    'cspnet_yolov4_x_mish': Size(nn.Mish, (80, 160, 320, 640, 1280), (1, 3, 10, 10, 5), None, 3, (160, 320, 640)),
     'cspnet_yolov4_csp_x_swish': Size(
-        (80, 160, 320, 640, 1280), (1, 3, 10, 10, 5), None, 3, (160, 320, 640), heads_last=True),
+        nn.SiLU, (80, 160, 320, 640, 1280), (1, 3, 10, 10, 5), None, 3, (160, 320, 640), heads_last=True),
     'cspnet_yolov4_p5': Size(
-        (64, 128, 256, 512, 1024), (1, 3, 15, 15, 7), 32, 3, anchors=4, heads_last=True),
+        nn.Mish, (64, 128, 256, 512, 1024), (1, 3, 15, 15, 7), 32, 3, anchors=4, heads_last=True),
     'cspnet_yolov4_p6': Size(
-        (64, 128, 256, 512, 1024, 1024), (1, 3, 15, 15, 7, 7), 32, 3, (128, 256, 512, 512), 4, heads_last=True),
+        nn.Mish, (64, 128, 256, 512, 1024, 1024), (1, 3, 15, 15, 7, 7), 32, 3, (128, 256, 512, 512), 4,
+        heads_last=True),
 }
 TINY_CHS = (64, 128, 256)  # of the convolutions of each cross stage
+TINY_NECK_CHS = (256, 512)
 
 
 def _level(
@@ -157,7 +167,56 @@ def _arrange_tiny(state_dict: Dict[str, torch.Tensor]) -> None:
         roll_channels(state_dict, f'layer{i}.csp.transition.conv.weight', (1,), chs // 2)
 
 
-# What follows the backbones in their detectors' files.
+# What follows the backbones in their detectors, and in the detectors' files.
+
+
+def _neck_stage(in_chs: int, chs: int, args: LevelArgs, depth: int) -> nn.Module:
+    """A cross stage whose branches both read a 1×1 convolution, one of them as it is, of blocks without shortcuts."""
+    return nn.Sequential(OrderedDict(
+        conv=ConvNormAct(in_chs, chs, **args.layers),
+        csp=ComposedStage(
+            blocks=nn.Sequential(*[DarkBlock(chs, chs, shortcut=False, **args.block_kwargs(i)) for i in range(depth)]),
+            bypass=ConvNormAct(chs, chs, **args.layers),
+            merge=ConvNormAct(2 * chs, chs, **args.layers),
+        ),
+    ))
+
+
+def _neck_top(in_chs: int, chs: int, args: LevelArgs, wide: bool) -> nn.Module:
+    """An SPP within a cross stage."""
+    blocks: OrderedDict[str, nn.Module] = OrderedDict(
+        block1=DarkBlock(chs, chs, kernel_size=(3, 1), shortcut=False, **args.layers),
+        spp=SpatialPyramidPool(chs, chs, reduce=False, **args.layers),
+        conv=ConvNormAct(chs, chs, 3, **args.layers),
+    )
+    if wide:
+        blocks['block2'] = DarkBlock(chs, chs, shortcut=False, **args.layers)
+    return ComposedStage(
+        entry=ConvNormAct(in_chs, chs, **args.layers),
+        bypass=ConvNormAct(in_chs, chs, **args.layers),
+        blocks=nn.Sequential(blocks),
+        merge=ConvNormAct(2 * chs, chs, **args.layers),
+    )
+
+
+def _neck(size: Size) -> Neck:
+    if not size.neck_depth:
+        return spp_pan_neck()
+    return lateral_neck(
+        size.neck_chs, partial(_neck_stage, depth=size.neck_depth), partial(_neck_top, wide=size.neck_chs[0] > 128))
+
+
+def _tiny_walk(chs: List[int], args: LevelArgs) -> nn.Module:
+    """A way down of one step, which reads the half of a level that its blocks have not concatenated yet."""
+    layers = args.layers
+    half, fine, coarse = chs[0] // 2, TINY_NECK_CHS[0] // 2, TINY_NECK_CHS[1] // 2
+    return PathAggregation(
+        [TopDown(
+            ConvNormAct(half + fine, 2 * fine, 3, **layers),
+            reduce=ConvNormAct(coarse, fine, **layers), lateral=ChannelSlice(half, chs[0]))],
+        top=ConvNormAct(chs[-1], coarse, **layers),
+        outputs=[nn.Identity(), ConvNormAct(coarse, 2 * coarse, 3, **layers)],
+    )
 
 
 def _csp_neck_stage(in_chs: int, chs: int, depth: int) -> List[FileConv]:
@@ -189,7 +248,7 @@ def _csp_pan_tail(network: str, size: Size) -> Tail:
             heads += head
         else:
             layers += head
-    return Tail(network, (*layers, *heads))
+    return Tail(network, (*layers, *heads), with_neck=f'{network}_pan')
 
 
 def _tiny_tails() -> Tuple[Tail, Tail]:
@@ -200,7 +259,8 @@ def _tiny_tails() -> Tuple[Tail, Tail]:
         FileConv(256, 128), FileConv(128 + 256, 256, 3), DetectionConv(256, 3),
     )
     third = (FileConv(256, 64), FileConv(64 + 128, 128, 3), DetectionConv(128, 3))
-    return Tail('cspnet_yolov4_tiny', tiny), Tail('cspnet_yolov4_tiny', tiny + third)
+    name = 'cspnet_yolov4_tiny'
+    return Tail(name, tiny, with_neck=f'{name}_pan'), Tail(name, tiny + third, with_neck=f'{name}_pan')
 
 
 # Of their authors' networks in PyTorch; the Darknet files are what is read here.
@@ -209,15 +269,27 @@ register_foreign_project(
 register_foreign_project('YOLOv7 (GPL)', r'4\.conv\.weight')
 
 
-def _create(variant: str, pretrained: bool, cfg_act: Any, **kwargs: Any) -> CspBackbone:
-    size = SIZES[variant]
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
+    plain = variant.removesuffix('_pan')
+    size = SIZES[plain]
     if size.neck_depth:
-        tail = _csp_pan_tail(variant, size)
+        tail = _csp_pan_tail(plain, size)
     else:
-        tail = spp_pan_tail(variant, (size.chs[2], size.chs[3], size.chs[4]))
+        tail = spp_pan_tail(plain, (size.chs[2], size.chs[3], size.chs[4]))
+    neck, layout = None, Layout(backbone_order, tails=(tail,))
+    if variant != plain:
+        neck, layout = _neck(size), pan_layout(tail, size.heads_last)
     return build_darknet(
-        variant, pretrained, _levels(size), cfg_act=cfg_act, cfg_eps=BN_EPS,
-        layout=Layout(backbone_order, tails=(tail,)), **kwargs)
+        variant, pretrained, _levels(size), cfg_act=size.act_layer, cfg_eps=BN_EPS, layout=layout, neck=neck, **kwargs)
+
+
+def _create_tiny(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
+    neck, order = None, None
+    if variant.endswith('_pan'):
+        neck, order = Neck(_tiny_walk, TINY_NECK_CHS), partial(neck_order, nodes=('top', 'outputs.1', 'top_down'))
+    layout = Layout(backbone_order, arrange=_arrange_tiny, tails=_tiny_tails(), neck_order=order)
+    return build_darknet(
+        variant, pretrained, _tiny_levels(), cfg_act=LEAKY, cfg_eps=BN_EPS, layout=layout, neck=neck, **kwargs)
 
 
 _RELEASE = 'https://github.com/AlexeyAB/darknet/releases/download/darknet_yolo_v4_pre'
@@ -234,7 +306,7 @@ def _cfg(name: str, num_bytes: int, **kwargs: Any) -> Dict[str, Any]:
     })
 
 
-default_cfgs = describe_weights({
+default_cfgs = describe_weights(with_pan({
     'cspnet_yolov4.coco': yolov4_cfg(),
     'cspnet_yolov4_tiny.coco': _cfg(
         'yolov4-tiny', 24_251_276, size=416, ap50=40.2, letterbox=False, license=ALEXEYAB, first_conv='stem.conv'),
@@ -244,58 +316,65 @@ default_cfgs = describe_weights({
     'cspnet_yolov4_csp_x_swish.coco': _cfg('yolov4-csp-x-swish', 399_388_168, size=640, ap=51.5, ap50=69.9),
     'cspnet_yolov4_p5.coco': _cfg('yolov4-p5', 283_669_892, size=896, ap=51.6, ap50=70.0),
     'cspnet_yolov4_p6.coco': _cfg('yolov4-p6', 510_868_180, size=1280, stride=64, ap=54.0, ap50=72.1),
-})
+}))
 
 
 @register_model
 def cspnet_yolov4(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """CSPDarknet-53 with Mish, the backbone of YOLOv4."""
-    return _create('cspnet_yolov4', pretrained, nn.Mish, **kwargs)
+    return _create('cspnet_yolov4', pretrained, **kwargs)
 
 
 @register_model
 def cspnet_yolov4_tiny(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """The backbone of YOLOv4-tiny: three cross stages that split their channels."""
-    layout = Layout(backbone_order, arrange=_arrange_tiny, tails=_tiny_tails())
-    return build_darknet(
-        'cspnet_yolov4_tiny', pretrained, _tiny_levels(), cfg_act=LEAKY, cfg_eps=BN_EPS, layout=layout, **kwargs)
+    return _create_tiny('cspnet_yolov4_tiny', pretrained, **kwargs)
 
 
 @register_model
 def cspnet_yolov4_csp(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """The backbone of YOLOv4-CSP: CSPDarknet-53 whose first stage is a plain residual block, with Mish."""
-    return _create('cspnet_yolov4_csp', pretrained, nn.Mish, **kwargs)
+    return _create('cspnet_yolov4_csp', pretrained, **kwargs)
 
 
 @register_model
 def cspnet_yolov4_csp_swish(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """The backbone of YOLOv4-CSP, with SiLU."""
-    return _create('cspnet_yolov4_csp_swish', pretrained, nn.SiLU, **kwargs)
+    return _create('cspnet_yolov4_csp_swish', pretrained, **kwargs)
 
 
 @register_model
 def cspnet_yolov4_x_mish(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """The backbone of YOLOv4x: a quarter wider and deeper than YOLOv4-CSP's, with Mish."""
-    return _create('cspnet_yolov4_x_mish', pretrained, nn.Mish, **kwargs)
+    return _create('cspnet_yolov4_x_mish', pretrained, **kwargs)
 
 
 @register_model
 def cspnet_yolov4_csp_x_swish(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """The backbone of YOLOv4x, with SiLU."""
-    return _create('cspnet_yolov4_csp_x_swish', pretrained, nn.SiLU, **kwargs)
+    return _create('cspnet_yolov4_csp_x_swish', pretrained, **kwargs)
 
 
 @register_model
 def cspnet_yolov4_p5(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """The backbone of YOLOv4-P5: stages of 1, 3, 15, 15 and 7 blocks, with Mish."""
-    return _create('cspnet_yolov4_p5', pretrained, nn.Mish, **kwargs)
+    return _create('cspnet_yolov4_p5', pretrained, **kwargs)
 
 
 @register_model
 def cspnet_yolov4_p6(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """The backbone of YOLOv4-P6: P5's, and a level at stride 64."""
-    return _create('cspnet_yolov4_p6', pretrained, nn.Mish, **kwargs)
+    return _create('cspnet_yolov4_p6', pretrained, **kwargs)
 
+
+cspnet_yolov4_pan = register_pan('cspnet_yolov4_pan', _create)
+cspnet_yolov4_tiny_pan = register_pan('cspnet_yolov4_tiny_pan', _create_tiny)
+cspnet_yolov4_csp_pan = register_pan('cspnet_yolov4_csp_pan', _create)
+cspnet_yolov4_csp_swish_pan = register_pan('cspnet_yolov4_csp_swish_pan', _create)
+cspnet_yolov4_x_mish_pan = register_pan('cspnet_yolov4_x_mish_pan', _create)
+cspnet_yolov4_csp_x_swish_pan = register_pan('cspnet_yolov4_csp_x_swish_pan', _create)
+cspnet_yolov4_p5_pan = register_pan('cspnet_yolov4_p5_pan', _create)
+cspnet_yolov4_p6_pan = register_pan('cspnet_yolov4_p6_pan', _create)
 
 register_darknet(
     cspnet_yolov4, cspnet_yolov4_tiny, cspnet_yolov4_csp, cspnet_yolov4_csp_swish, cspnet_yolov4_x_mish,
