@@ -16,8 +16,9 @@ from .fusing import fuse
 from .graph import Value
 from .plan import Plan
 
-__all__ = ['correct']
+__all__ = ['PARTS', 'correct']
 
+PARTS = ('means', 'weights', 'rounding')  # of the correction, which are measured by themselves too
 ROWS = 4, 1 << 11, 1 << 13  # positions of a map that weights are fitted to: for each weight; at least, and at most
 COLUMNS = 1 << 10  # weights of an output channel that are fitted at a time
 MEMORY = 1 << 29  # bytes of the maps that are looked at, in float32
@@ -28,13 +29,20 @@ HELD_BACK = 4  # one image of so many is not fitted to, but decides by which rid
 Rounding = Callable[[torch.Tensor, int], torch.Tensor]
 
 
-def correct(plan: Plan, batches: Sequence[torch.Tensor], tiles: Optional[bool] = None) -> Plan:
+def correct(
+        plan: Plan,
+        batches: Sequence[torch.Tensor],
+        tiles: Optional[bool] = None,
+        parts: Sequence[str] = PARTS,
+) -> Plan:
     """Fit weights and biases to what the layers before leave of the maps in bytes.
 
     Args:
         plan: With the ranges of its maps, its weights as exact as there are.
         batches: Images ``(B, C, H, W)`` as the network will be given, normalised.
         tiles: Whether the engine multiplies in tiles, which have bfloat16 for images; by default as it does here.
+        parts: What is done: ``'means'`` of the sums are corrected, ``'weights'`` fitted, and in ``'rounding'`` errors
+            taken over by the weights that follow.
 
     Returns:
         The same plan with other weights and biases, and for weights in bytes what their steps stand for.
@@ -56,7 +64,7 @@ def correct(plan: Plan, batches: Sequence[torch.Tensor], tiles: Optional[bool] =
             wanted = [compute(plan, i, values) for values in exact]
             if op['op'] == 'conv':
                 read = [values[op['x']] for values in rounded]
-                for name, tensor in _fit(plan, i, maps[op['x']], read, wanted).items():
+                for name, tensor in _fit(plan, i, maps[op['x']], read, wanted, parts).items():
                     tensors[f'{i}.{name}'] = tensor
                 weight, bias = tensors[f'{i}.weight'].float(), tensors[f'{i}.bias']
             for values, others, y in zip(exact, rounded, wanted):
@@ -86,7 +94,7 @@ def _kept(x: torch.Tensor, value: Value) -> torch.Tensor:
 
 
 def _fit(plan: Plan, i: int, read: Value, inputs: List[torch.Tensor], wanted: List[torch.Tensor],
-         ) -> Dict[str, torch.Tensor]:
+         parts: Sequence[str]) -> Dict[str, torch.Tensor]:
     """Weights and bias of a convolution by which it gives what is wanted, and the steps of weights in bytes.
 
     Args:
@@ -95,6 +103,7 @@ def _fit(plan: Plan, i: int, read: Value, inputs: List[torch.Tensor], wanted: Li
         read: The map that it reads.
         inputs: That map, as it has been rounded.
         wanted: What the convolution gives of the exact one.
+        parts: What is done.
     """
     op, weight, bias = plan.operations[i], plan.tensors[f'{i}.weight'].float(), plan.tensors[f'{i}.bias']
     groups, (out, per_group, *kernel) = op['groups'], weight.shape
@@ -105,17 +114,19 @@ def _fit(plan: Plan, i: int, read: Value, inputs: List[torch.Tensor], wanted: Li
     if per_group == 1 and groups == out > 1:  # depthwise, whose weights are not rounded
         given = torch.einsum('nct,ct->nc', x, fitted)
     else:
-        units, parts = torch.zeros(out), []
+        units, sums = torch.zeros(out), []
         for g in range(groups):
             mine, channels = slice(g * rows, (g + 1) * rows), slice(g * per_group, (g + 1) * per_group)
             part = x[:, channels].flatten(1)
             steps = None if read.scale is None else read.scale[channels].repeat_interleave(kernel[0] * kernel[1])
-            fitted[mine], units[mine] = _fit_group(fitted[mine], part, y[:, mine], held, steps)
-            parts.append(part @ fitted[mine].T)
-        given = torch.cat(parts, 1)
+            fitted[mine], units[mine] = _fit_group(fitted[mine], part, y[:, mine], held, steps, parts)
+            sums.append(part @ fitted[mine].T)
+        given = torch.cat(sums, 1)
         found['weight'] = fitted.view_as(weight).bfloat16()  # of which the byte follows from the step
         if read.is8:
             found['unit'] = units
+    if 'means' not in parts:
+        return found
     error = y - given - bias
     mean = error.mean(0)
     # No more of the mean than stands out of the noise, of few positions or images.
@@ -150,7 +161,7 @@ def _sample(inputs: List[torch.Tensor], wanted: List[torch.Tensor], op: Dict[str
 
 
 def _fit_group(weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, held: torch.Tensor,
-               steps: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
+               steps: Optional[torch.Tensor], parts: Sequence[str]) -> Tuple[torch.Tensor, torch.Tensor]:
     """Weights ``(O, K)`` and what their steps stand for.
 
     Args:
@@ -159,6 +170,7 @@ def _fit_group(weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, held: tor
         y: What is to be given, ``(N, O)``.
         held: Which of N decide how far the weights may go.
         steps: Of each weight what a step of what it is multiplied by stands for; None if that is not in bytes.
+        parts: What is done.
     """
     weight = weight.clone()
     x = x - x.mean(0)
@@ -168,10 +180,11 @@ def _fit_group(weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, held: tor
         part = slice(start, start + COLUMNS)
         old, columns = weight[:, part], x[:, part]
         square = columns.T @ columns / len(columns)
-        new = old + _step(columns, left, held, square)
+        new = old + _step(columns, left, held, square) if 'weights' in parts else old
         if start == 0 and steps is not None:  # of all columns, of which the others will change little
             unit = (torch.cat([new, weight[:, COLUMNS:]], 1) * steps).abs().amax(1).clamp(min=1e-30) / 127
-        new = _round(new, square, _to_bytes(steps[part], unit) if steps is not None else _to_bfloat16)
+        rounding = _to_bytes(steps[part], unit) if steps is not None else _to_bfloat16
+        new = _round(new, square if 'rounding' in parts else torch.eye(len(square)), rounding)
         left = left - columns @ (new - old).T
         weight[:, part] = new
     return weight, unit
