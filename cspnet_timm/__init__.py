@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .backbone import BackboneCfg, CspBackbone, Level, LevelArgs, Neck
     from .cross_stage import ComposedStage, CrossStage
     from .deployment import deploy
-    from .neck import BottomUp, PathAggregation, TopDown
+    from .neck import BottomUp, CrossingDown, CrossingPaths, CrossingUp, PathAggregation, TopDown
 
 __version__ = '0.1.0'
 __all__ = [
-    'BackboneCfg', 'BottomUp', 'ComposedStage', 'CrossStage', 'CspBackbone', 'Level', 'LevelArgs', 'Neck',
-    'PathAggregation', 'TopDown', 'deploy', 'hub', 'register',
+    'BackboneCfg', 'BottomUp', 'ComposedStage', 'CrossStage', 'CrossingDown', 'CrossingPaths', 'CrossingUp',
+    'CspBackbone', 'Level', 'LevelArgs', 'Neck', 'PathAggregation', 'TopDown', 'deploy', 'hub', 'register',
 ]
 
 _PUBLIC = {
@@ -26,6 +26,9 @@ _PUBLIC = {
     'BottomUp': 'neck',
     'ComposedStage': 'cross_stage',
     'CrossStage': 'cross_stage',
+    'CrossingDown': 'neck',
+    'CrossingPaths': 'neck',
+    'CrossingUp': 'neck',
     'CspBackbone': 'backbone',
     'Level': 'backbone',
     'LevelArgs': 'backbone',

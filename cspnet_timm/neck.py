@@ -4,11 +4,17 @@
     up    p[i] = stage(cat([halve(p[i - 1]), t[i]]))
 
 with the backbone's maps ``x`` and the neck's maps ``p``, level 0 the finest: on both walks, every level is what comes
-from its neighbour beside what it has itself, through a cross stage.
+from its neighbour beside what it has itself, through a cross stage. Where the walks cross, a level also reads the finer
+one of the walk before, halved:
+
+    down  t[i] = stage(cat([x[i], halve(x[i - 1]), enlarge(t[i + 1])]))
+    up    p[i] = stage(cat([t[i], halve(t[i - 1]), halve(p[i - 1])]))
 
 Papers: `Feature Pyramid Networks for Object Detection`, https://arxiv.org/abs/1612.03144, for the way down; `Path
 Aggregation Network for Instance Segmentation` (PANet), https://arxiv.org/abs/1803.01534, for the way up; `YOLOv4:
-Optimal Speed and Accuracy of Object Detection`, https://arxiv.org/abs/2004.10934, for concatenation in place of sums.
+Optimal Speed and Accuracy of Object Detection`, https://arxiv.org/abs/2004.10934, for concatenation in place of sums;
+`GiraffeDet: A Heavy-Neck Paradigm for Object Detection`, https://arxiv.org/abs/2202.04256, and `DAMO-YOLO: A Report on
+Real-Time Object Detection Design`, https://arxiv.org/abs/2211.15444, for walks that cross.
 """
 import itertools
 from typing import Any, Callable, Dict, List, Optional, Sequence, Union
@@ -21,7 +27,7 @@ from .blocks import DarkBlock
 from .cross_stage import CrossStage
 from .layers import ActLayer, ConvNormAct, NormLayer
 
-__all__ = ['BottomUp', 'PathAggregation', 'TopDown']
+__all__ = ['BottomUp', 'CrossingDown', 'CrossingPaths', 'CrossingUp', 'PathAggregation', 'TopDown']
 
 
 def _or_identity(module: Optional[nn.Module]) -> nn.Module:
@@ -207,8 +213,7 @@ class PathAggregation(nn.Module):
         Raises:
             ValueError: If there are more or fewer maps than levels.
         """
-        if not torch.jit.is_scripting() and len(maps) != self.num_levels:
-            raise ValueError(f'{len(maps)} maps were given to a neck of {self.num_levels} levels.')
+        self._check(maps)
         x = self.top(maps[-1])
         down = [x]
         for node in self.top_down:
@@ -220,9 +225,16 @@ class PathAggregation(nn.Module):
             up.append(x)
         if len(self.bottom_up) == 0:
             up = down[::-1]
+        return self._outputs(up)
+
+    def _check(self, maps: List[torch.Tensor]) -> None:
+        if not torch.jit.is_scripting() and len(maps) != self.num_levels:
+            raise ValueError(f'{len(maps)} maps were given to a neck of {self.num_levels} levels.')
+
+    def _outputs(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
         pyramid: List[torch.Tensor] = []
         for output in self.outputs:
-            pyramid.append(output(up[len(pyramid)]))
+            pyramid.append(output(maps[len(pyramid)]))
         return pyramid
 
     def apart(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
@@ -256,6 +268,106 @@ class PathAggregation(nn.Module):
                 self.top_down[j] = _Coarser().train(self.training)
         else:
             del self.bottom_up[max(levels):]
+
+
+class CrossingDown(nn.Module):
+    """A level on the way down, beside the backbone's finer level halved and the coarser one enlarged, through a stage.
+
+    Input ``(B, C, H, W)`` and, but for the finest level, ``(B, C1, H', W')``; but for the coarsest,
+    ``(B, C2, H'', W'')``. Output ``(B, out_chs, H, W)``.
+    """
+
+    def __init__(self, stage: nn.Module, down: Optional[nn.Module] = None) -> None:
+        """
+        Args:
+            stage: Behind the concatenation [this level, finer one, coarser one].
+            down: Halves the finer level; the finest of all has none.
+        """
+        super().__init__()
+        self.down = _or_identity(down)
+        self.stage = stage
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            finer: Optional[torch.Tensor] = None,
+            coarser: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Merge the maps of the neighbours into a level's own."""
+        maps = [x]
+        if finer is not None:
+            maps.append(self.down(finer))
+        if coarser is not None:
+            maps.append(F.interpolate(coarser, size=x.shape[2:], mode='nearest'))
+        return self.stage(torch.cat(maps, dim=1))
+
+
+class CrossingUp(nn.Module):
+    """A level on the way up, beside the finer level of either walk halved, through a stage.
+
+    Input ``(B, C, H, W)``, ``(B, C1, H', W')`` and, but for the second finest level, ``(B, C2, H', W')``; output
+    ``(B, out_chs, H, W)``. The finest level is the same in both walks.
+    """
+
+    def __init__(self, stage: nn.Module, down: nn.Module, across: Optional[nn.Module] = None) -> None:
+        """
+        Args:
+            stage: Behind the concatenation [this level, finer one of the way down, finer one].
+            down: Halves the finer level.
+            across: Halves the finer level of the way down; the second finest of all has none.
+        """
+        super().__init__()
+        self.across = _or_identity(across)
+        self.down = down
+        self.stage = stage
+
+    def forward(self, x: torch.Tensor, finer: torch.Tensor, across: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Merge the maps of the neighbours into a level's own."""
+        maps = [x]
+        if across is not None:
+            maps.append(self.across(across))
+        maps.append(self.down(finer))
+        return self.stage(torch.cat(maps, dim=1))
+
+
+class CrossingPaths(PathAggregation):
+    """The two walks where each also reads the finer levels of what was before it: the backbone, or the way down.
+
+    ``top`` is a :class:`CrossingDown` of the coarsest level, ``top_down`` are those of the others, and ``bottom_up``
+    :class:`CrossingUp`. Input and output as of :class:`PathAggregation`.
+    """
+
+    def forward(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
+        """Walk down and up the levels.
+
+        Args:
+            maps: ``(B, C_i, H / 2^i, W / 2^i)`` for each level i, the finest first.
+
+        Returns:
+            As many maps of the same sizes.
+
+        Raises:
+            ValueError: If there are more or fewer maps than levels.
+        """
+        self._check(maps)
+        x = self.top(maps[-1], maps[-2])
+        down = [x]
+        for node in self.top_down:
+            i = self.num_levels - 1 - len(down)
+            finer: Optional[torch.Tensor] = None
+            if i > 0:
+                finer = maps[i - 1]
+            x = node(maps[i], finer, x)
+            down.append(x)
+        up = [x]
+        for node in self.bottom_up:
+            i = len(up)
+            across: Optional[torch.Tensor] = None
+            if i > 1:
+                across = down[self.num_levels - i]
+            x = node(down[self.num_levels - 1 - i], x, across)
+            up.append(x)
+        return self._outputs(up)
 
 
 class _Coarser(nn.Module):

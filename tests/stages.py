@@ -30,7 +30,7 @@ from cspnet_timm.families._builder import build_backbone, default_cfg
 from cspnet_timm.families.peleenet import StemPool, TwoWayLayer
 from cspnet_timm.families.yolov9 import AverageDown, SplitDown
 from cspnet_timm.layers import ChannelSlice, ConvHead, ConvNormAct, RepConv, SeparableConv, SpatialPyramidPool
-from cspnet_timm.neck import BottomUp, PathAggregation, TopDown
+from cspnet_timm.neck import BottomUp, CrossingDown, CrossingPaths, CrossingUp, PathAggregation, TopDown
 
 CHS = 16
 LEAKY = functools.partial(nn.LeakyReLU, negative_slope=0.1)
@@ -188,6 +188,27 @@ def walks(chs, args):
     )
 
 
+def crossings(chs, args):
+    """The neck of DAMO-YOLO, whose walks cross and whose stages collect what the blocks give alone."""
+    def halve():
+        return ConvNormAct(CHS, CHS, kernel_size=3, stride=2, **args.layers)
+
+    def merge(num_maps):
+        half, (first, second) = CHS // 2, [block(DarkBlock, kernel_size=(3, 3))(CHS // 2, args) for _ in range(2)]
+        return ComposedStage(
+            ConcatOutputs([second], 2 * half),
+            entry=nn.Sequential(OrderedDict(conv=ConvNormAct(num_maps * CHS, half, **args.layers), block=first)),
+            bypass=ConvNormAct(num_maps * CHS, half, **args.layers),
+            merge=ConvNormAct(3 * half, CHS, **args.layers),
+        )
+
+    return CrossingPaths(
+        [CrossingDown(merge(3), halve()), CrossingDown(merge(2))],
+        [CrossingUp(merge(2), halve()), CrossingUp(merge(3), halve(), halve())],
+        top=CrossingDown(merge(2), halve()),
+    )
+
+
 dark = block(DarkBlock)
 thin = block(DarkBlock, shortcut=False)
 
@@ -302,6 +323,8 @@ NETWORKS = {
         levels=(stem(3), *[level(down(), stage(row(block(DarkBlock)), fusion='first'))] * 3),
         neck=Neck(walks, (CHS,) * 3),
     ),
+    'crossing': BackboneCfg(
+        levels=(stem(3), *[level(down(), row(dark))] * 3), neck=Neck(crossings, (CHS,) * 3)),
 }
 
 
@@ -329,7 +352,7 @@ def form(module):
     """What decides which code of a module runs: its class, its flags, what its children are."""
     flags = sorted(k for k, v in vars(module).items() if isinstance(v, bool) and k not in _STATE and v)
     children = sorted({(re.sub(r'\d+', '', name), kind) for name, kind in _children(module)})
-    if isinstance(module, (BottomUp, PathAggregation, TopDown)):  # which call whatever they are given
+    if type(module).__module__ == PathAggregation.__module__:  # which call whatever they are given
         children = []
     return type(module).__name__, tuple(flags), tuple(children)
 

@@ -16,6 +16,7 @@ from tests.parity import load_fixture
 from tests.zoo import distance
 
 PARAMS = {'m': (10_217_920, 9_836_096), 'l': (17_774_656, 16_993_600)}  # as trained, and with the branches merged
+NECK_PARAMS = {'m': (17_829_888, 17_148_160), 'l': (24_893_184, 23_870_592)}
 
 
 @pytest.fixture(scope='module')
@@ -30,12 +31,19 @@ def read(name, path, **kwargs):
 def compare(model, fixture):
     info, _, x, outputs = fixture
     wide = np.random.RandomState(zlib.crc32(b'input')).standard_normal(info['input_wide']).astype(np.float32)
+    kinds = ['neck' if i['module'].startswith('neck.') else 'stride' for i in model.feature_info]
     with torch.no_grad():
         maps = model.forward_intermediates(x, intermediates_only=True)
-        found = {f'stride{i["reduction"]}': y for i, y in zip(model.feature_info, maps)}
-        found['wide_stride32'] = model.forward_features(torch.from_numpy(wide))
+        found = {f'{kind}{i["reduction"]}': y for kind, i, y in zip(kinds, model.feature_info, maps)}
+        found[f'wide_{kinds[-1]}32'] = model.forward_features(torch.from_numpy(wide))
+        if kinds[-1] == 'neck':  # by itself: behind the backbone numbers are so large that mistakes would not show
+            alone = [
+                0.1 * np.random.RandomState(zlib.crc32(b'input')).standard_normal(shape).astype(np.float32)
+                for shape in info['input_alone']['shapes']]
+            maps = model.neck([torch.from_numpy(a) for a in alone])
+            found.update({f'alone_neck{8 << i}': y for i, y in enumerate(maps)})
     distances = {key: distance(y, outputs[key]) for key, y in found.items()}
-    assert len(distances) == 6 and max(distances.values()) < 1e-5, distances
+    assert len(distances) == (9 if kinds[-1] == 'neck' else 6) and max(distances.values()) < 1e-5, distances
 
 
 def deployed(state_dict, eps=1e-3):
@@ -58,9 +66,10 @@ def test_a_released_file_gives_the_references_maps(medium, tmp_path):
     info, state_dict, _, _ = medium
     head = {'head.gfl_cls.0.weight': torch.zeros(81, 128, 3, 3)}
     torch.save({'model': {**state_dict, **head}}, tmp_path / 'damoyolo_tinynasL35_M_492.pth')
-    model = read('cspnet_damo_m', tmp_path / 'damoyolo_tinynasL35_M_492.pth')
+    compare(read('cspnet_damo_m', tmp_path / 'damoyolo_tinynasL35_M_492.pth'), medium)
+    model = read('cspnet_damo_m_pan', tmp_path / 'damoyolo_tinynasL35_M_492.pth')
     compare(model, medium)
-    assert sum(p.numel() for p in model.parameters()) == info['params']
+    assert sum(p.numel() for p in model.parameters()) == info['params'] + info['params_neck']
     norms = {(m.eps, m.momentum) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     assert norms == {(info['bn_eps'], info['bn_momentum'])}
     merged = reparameterize_model(model).eval()
@@ -70,20 +79,20 @@ def test_a_released_file_gives_the_references_maps(medium, tmp_path):
 
 def test_a_deployed_file_gives_the_same(medium, tmp_path):
     torch.save({'model': deployed(medium[1])}, tmp_path / 'deployed.pth')
-    model = read('cspnet_damo_m', tmp_path / 'deployed.pth')
+    model = read('cspnet_damo_m_pan', tmp_path / 'deployed.pth')
     compare(model, medium)
     compare(reparameterize_model(model).eval(), medium)
 
 
 @pytest.mark.parametrize('size', PARAMS)
 def test_parameters(size):
-    model = timm.create_model(f'cspnet_damo_{size}', device='meta')
-    assert sum(p.numel() for p in model.parameters()) == PARAMS[size][0]
-    fewer = sum(
-        p.numel() - layer.conv3x3.conv.weight.numel() - layer.conv3x3.conv.out_channels
-        for layer in model.modules() if isinstance(layer, RepConv) for p in [torch.empty(
-            sum(q.numel() for q in layer.parameters()), device='meta')])
-    assert PARAMS[size][0] - fewer == PARAMS[size][1]
+    model = timm.create_model(f'cspnet_damo_{size}_pan', device='meta')
+    for params, parts in ((NECK_PARAMS, [model.neck]), (PARAMS, model.levels())):
+        whole = sum(p.numel() for part in parts for p in part.parameters())
+        merged = whole - sum(
+            layer.conv1x1.conv.weight.numel() + 3 * layer.conv3x3.conv.out_channels
+            for part in parts for layer in part.modules() if isinstance(layer, RepConv))
+        assert (whole, merged) == params[size]
 
 
 def test_two_activations_and_one_that_is_asked_for():

@@ -15,7 +15,7 @@ ALL = timm.list_models('cspnet_*')
 NECKS = (
     'cspnet_rtmdet_nano_pan', 'cspnet_yolox_nano_pan', 'cspnet_ppyoloe_plus_t_pan', 'cspnet_yolov8n_pan',
     'cspnet_yolo11n_pan', 'cspnet_yolo26n_pan', 'cspnet_yolov9t_pan',
-    'cspnet_yolov4_tiny_pan', 'cspnet_yolov4_csp_pan',
+    'cspnet_yolov4_tiny_pan', 'cspnet_yolov4_csp_pan', 'cspnet_damo_m_pan',
 )
 BUT_SIZES_OF_NECKS = [name for name in ALL if not name.endswith('_pan') or name in NECKS]
 

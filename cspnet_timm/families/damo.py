@@ -1,8 +1,9 @@
-"""The backbones of DAMO-YOLO M and L (TinyNAS with cross stages).
+"""The backbones of DAMO-YOLO M and L (TinyNAS with cross stages), also with their necks (Efficient RepGFPN).
 
 A focus stem, then four times a 3×3 convolution of stride 2 and a cross stage whose blocks are a 3×3 and a
 re-parameterisable convolution, their input added and an activation behind the sum. What surrounds the blocks has ReLU,
-all else SiLU. The last level has an SPP before its cross stage. DAMO-YOLO's T, S and nano forms are other networks.
+all else SiLU. The last level has an SPP before its cross stage. In the necks, whose walks cross, the outputs of all
+blocks are collected. DAMO-YOLO's T, S and nano forms are other networks.
 
 Focus, a 3×3 convolution of the four pixels of each 2×2 patch, is one 6×6 convolution of stride 2.
 
@@ -12,13 +13,13 @@ Reference: https://github.com/tinyvision/DAMO-YOLO, Apache-2.0
 import re
 from collections import OrderedDict
 from functools import partial
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn as nn
 
-from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs
-from ..blocks import BasicBlock
+from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, Neck
+from ..blocks import BasicBlock, ConcatOutputs, DarkBlock
 from ..cross_stage import ComposedStage
 from ..layers import ConvNormAct, RepConv, SpatialPyramidPool
 from ..naming import (
@@ -28,17 +29,20 @@ from ..naming import (
     register_foreign_project,
     register_naming,
     rename_keys,
+    roll_channels,
 )
-from ._builder import build_backbone, default_cfg, describe_weights, register_model
+from ..neck import CrossingDown, CrossingPaths, CrossingUp
+from ._builder import build_backbone, default_cfg, describe_weights, register_model, register_pan
+from ._weights import with_pan
 
 __all__: List[str] = []
 
 BN_EPS = 1e-3
 STEM_CHS = 32
 CHS = (128, 128, 256, 512)
-SIZES = {  # channels between the two convolutions of a block, and blocks, of each level
-    'm': ((64, 64, 256, 256), (1, 3, 7, 2)),
-    'l': ((96, 96, 384, 384), (2, 4, 9, 3)),
+SIZES = {  # channels between the two convolutions of a block, and blocks, of each level; blocks of the neck's stages
+    'm': ((64, 64, 256, 256), (1, 3, 7, 2), 4),
+    'l': ((96, 96, 384, 384), (2, 4, 9, 3), 6),
 }
 
 
@@ -71,6 +75,39 @@ def _levels(mid_chs: Tuple[int, ...], depths: Tuple[int, ...]) -> Tuple[Level, .
     )
 
 
+def _neck_stage(in_chs: int, out_chs: int, args: LevelArgs, depth: int) -> nn.Module:
+    """A cross stage that collects every block's output, and not what enters the first."""
+    chs = out_chs // 2
+    first, *others = [
+        DarkBlock(chs, chs, kernel_size=(3, 3), conv_layers=(RepConv, ConvNormAct), **args.block_kwargs(i))
+        for i in range(depth)
+    ]
+    return ComposedStage(
+        entry=nn.Sequential(OrderedDict(conv=ConvNormAct(in_chs, chs, **args.layers), block=first)),
+        bypass=ConvNormAct(in_chs, chs, **args.layers),
+        blocks=ConcatOutputs(others, out_chs=depth * chs),
+        merge=ConvNormAct((depth + 1) * chs, out_chs, **args.layers),
+    )
+
+
+def _neck(chs: List[int], args: LevelArgs, depth: int) -> nn.Module:
+    """Every level has the backbone's channels, and is halved and enlarged with all of them."""
+    c8, c16, c32 = chs
+    stage = partial(_neck_stage, args=args, depth=depth)
+
+    def halve(chs: int) -> nn.Module:
+        return ConvNormAct(chs, chs, 3, stride=2, **args.layers)
+
+    return CrossingPaths(
+        top=CrossingDown(stage(c32 + c16, c32), halve(c16)),
+        top_down=[CrossingDown(stage(c16 + c8 + c32, c16), halve(c8)), CrossingDown(stage(c8 + c16, c8))],
+        bottom_up=[
+            CrossingUp(stage(c16 + c8, c16), halve(c8)),
+            CrossingUp(stage(c32 + c16 + c16, c32), halve(c16), across=halve(c16)),
+        ],
+    )
+
+
 def _unfuse(state_dict: StateDict) -> StateDict:
     """Take the one convolution of a deployed file for the 3×3 branch, so that batch norms change nothing."""
     out: StateDict = {}
@@ -92,8 +129,34 @@ def _unfuse(state_dict: StateDict) -> StateDict:
     return out
 
 
+_NODES: Dict[str, str] = {
+    'bu_conv13': 'top.down', 'merge_3': 'top.stage',
+    'bu_conv24': 'top_down.0.down', 'merge_4': 'top_down.0.stage', 'merge_5': 'top_down.1.stage',
+    'bu_conv57': 'bottom_up.0.down', 'merge_7': 'bottom_up.0.stage',
+    'bu_conv46': 'bottom_up.1.across', 'bu_conv76': 'bottom_up.1.down', 'merge_6': 'bottom_up.1.stage',
+}
+
+
+def _rename_neck(own: StateDict) -> StateDict:
+    out = rename_keys(own, (
+        (r'^neck\.(\w+)\.', lambda m: f'neck.{_NODES.get(m[1], m[1])}.'),
+        (r'\.stage\.conv1\.', '.stage.bypass.'),
+        (r'\.stage\.conv2\.', '.stage.entry.conv.'),
+        (r'\.stage\.conv3\.', '.stage.merge.'),
+        # Of a block the convolution of two branches runs first.
+        (r'\.stage\.convs\.(\d+)\.conv([12])\.', lambda m: f'.stage.convs.{m[1]}.conv{3 - int(m[2])}.'),
+        (r'\.stage\.convs\.0\.', '.stage.entry.block.'),
+        (r'\.stage\.convs\.(\d+)\.', lambda m: f'.stage.blocks.blocks.{int(m[1]) - 1}.'),
+    ))
+    for key, value in out.items():
+        if key.endswith('.stage.merge.conv.weight'):  # the reference concatenates [bypass, blocks]
+            roll_channels(out, key, (1,), value.shape[0] // 2)
+    return out
+
+
 def _rename(own: StateDict, whole: StateDict) -> StateDict:
-    out = rename_keys(_unfuse(own), (
+    neck = {k: v for k, v in whole.items() if k.startswith('neck.')}
+    out = rename_keys(_unfuse({**own, **_rename_neck(neck)}), (
         (r'^csp_stage\.0\.conv\.', 'stem.'),
         (r'^csp_stage\.([1-4])\.downsampler\.', r'layer\1.down.'),
         (r'^csp_stage\.(4)\.spp\.', r'layer\1.spp.'),
@@ -119,8 +182,10 @@ register_foreign_project('DAMO-YOLO T, S and nano', r'(?:backbone\.)?block_list\
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
+    mid_chs, depths, neck_depth = SIZES[variant.removesuffix('_pan')[-1]]
     cfg = BackboneCfg(
-        levels=_levels(*SIZES[variant[-1]]), bn_eps=BN_EPS, bn_momentum=0.03, convert=NAMING.convert)
+        levels=_levels(mid_chs, depths), bn_eps=BN_EPS, bn_momentum=0.03, convert=NAMING.convert,
+        neck=Neck(partial(_neck, depth=neck_depth), CHS[1:]) if variant.endswith('_pan') else None)
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
 
@@ -131,10 +196,10 @@ _CFG = default_cfg(
     paper_name='DAMO-YOLO: A Report on Real-Time Object Detection Design',
 )
 
-default_cfgs = describe_weights({
+default_cfgs = describe_weights(with_pan({
     'cspnet_damo_m.untrained': _CFG,
     'cspnet_damo_l.untrained': _CFG,
-})
+}, also=('untrained',)))
 
 
 @register_model
@@ -147,3 +212,7 @@ def cspnet_damo_m(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
 def cspnet_damo_l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """2, 4, 9 and 3 blocks, half as wide again inside."""
     return _create('cspnet_damo_l', pretrained, **kwargs)
+
+
+cspnet_damo_m_pan = register_pan('cspnet_damo_m_pan', _create)
+cspnet_damo_l_pan = register_pan('cspnet_damo_l_pan', _create)
