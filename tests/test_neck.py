@@ -22,7 +22,7 @@ SLOW = ('rtmdet_s', 'yolox_s', 'ppyoloe_s')
 FIXTURES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 PARAMS = {  # of the neck alone, as the references count them
-    'rtmdet_': dict(nano=389184, tiny=2188944, s=3883200, m=11049408, l=23746688, x=43511040),
+    'rtmdet_': dict(nano=389184, tiny=2188944, s=3883200, m=11049408, l=23746688, x=43511040, x_p6=79891840),
     'yolox_': dict(nano=347424, tiny=1596096, s=2834688, m=8679168, l=19523072, x=36902400),
     'ppyoloe_': dict(s=3417888, m=11726496, l=28024512, x=55004160),
     'ppyoloe_plus_': dict(t=1217376, s=3417888, m=11726496, l=28024512, x=55004160),
@@ -78,7 +78,7 @@ def test_a_detectors_file_gives_the_references_maps(fixture, tmp_path):
 def test_parameters(family):
     for size, params in PARAMS[family].items():
         name = f'cspnet_{family}{size}_pan'
-        if size in ('nano', 'n', 't', 's', 'x'):
+        if size in ('nano', 'n', 't', 's', 'x', 'x_p6'):
             neck = timm.create_model(name, device='meta').neck
             assert sum(p.numel() for p in neck.parameters()) == params, name
         assert timm.get_pretrained_cfg(name).license == timm.get_pretrained_cfg(name.removesuffix('_pan')).license

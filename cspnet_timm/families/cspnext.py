@@ -511,8 +511,6 @@ default_cfgs = describe_weights(with_pan({
     'cspnet_rtmdet_x.rtmw3d_384': _pose(
         'wholebody_3d_keypoint/rtmw3d/rtmw3d-x_8xb64_cocktail14-384x288-b0a0eab7_20240626',
         f'{_COCKTAIL14}, in three dimensions', (384, 288), root=_POSE_V1),
-}))
-default_cfgs.update(describe_weights({  # its neck goes up to stride 64
     'cspnet_rtmdet_x_p6.coco': _detector(
         'https://github.com/orange0-jp/orange-weights/releases/download/v0.1.0rtmdet-p6/'
         'rtmdet_x_p6_4xb8-300e_coco-bf32be58.pth',
@@ -568,3 +566,4 @@ cspnet_rtmdet_s_pan = register_pan('cspnet_rtmdet_s_pan', _create)
 cspnet_rtmdet_m_pan = register_pan('cspnet_rtmdet_m_pan', _create)
 cspnet_rtmdet_l_pan = register_pan('cspnet_rtmdet_l_pan', _create)
 cspnet_rtmdet_x_pan = register_pan('cspnet_rtmdet_x_pan', _create)
+cspnet_rtmdet_x_p6_pan = register_pan('cspnet_rtmdet_x_p6_pan', _create)
