@@ -118,15 +118,15 @@ def test_torch_alone_imports_nothing(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('autoload', [None, '0'])
-@pytest.mark.parametrize('imports', [
-    'import cspnet_timm',
-    'import cspnet_timm, timm',
-    'import timm, cspnet_timm',
-    'import torch, cspnet_timm, timm',
-    'import torch; from cspnet_timm.layers import ConvNormAct; import timm',
-    'from cspnet_timm import CrossStage',
-    'import timm.layers; import cspnet_timm.blocks',
+@pytest.mark.parametrize('imports, autoload', [
+    ('import cspnet_timm', None),
+    ('import cspnet_timm, timm', '0'),
+    ('import timm, cspnet_timm', None),
+    ('import timm, cspnet_timm', '0'),
+    ('import torch, cspnet_timm, timm', None),
+    ('import torch; from cspnet_timm.layers import ConvNormAct; import timm', '0'),
+    ('from cspnet_timm import CrossStage', None),
+    ('import timm.layers; import cspnet_timm.blocks', '0'),
 ])
 def test_explicit_import_in_every_order(site, imports, autoload):
     # "Overwriting" would be a UserWarning: that there is none shows that everything is registered once.
