@@ -333,6 +333,8 @@ def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:
         native, names = _natives(checkpoint, look=True)
         lines.append(f'model: {_listed(names)}')
         if native is not None:
+            if native.beside:
+                lines.append(f'networks: {", ".join(map(repr, (native.prefix, *native.beside)))}, the first is taken')
             lines += _with_neck([name for name in with_neck(native) if name not in names])
         if tensors:
             lines += [

@@ -17,7 +17,7 @@ from .checkpoints import Checkpoint, CheckpointError
 from .naming import Native, StateDict, is_bookkeeping, say_once, to_native
 from .sizes import activations_of, fingerprint, first_conv, model_sizes, same_activation
 
-__all__ = ['Fit', 'candidates', 'fit', 'fit_native', 'recognise', 'tell_left_out', 'with_neck']
+__all__ = ['Fit', 'candidates', 'fit', 'fit_native', 'recognise', 'tell_left_out', 'told_of_others', 'with_neck']
 
 _logger = logging.getLogger(__name__)
 
@@ -312,6 +312,8 @@ def fit(
     """
     if isinstance(source, Native):
         found = fit_native(source, network)
+        if source.beside:
+            _logger.warning('%s', told_of_others(source))
         if not found.is_complete:
             found.held = [name for name in _candidates(source) if name != found.name]
         return found
@@ -330,9 +332,22 @@ def fit(
         origin = str(source.path) if isinstance(source, Checkpoint) and source.path.name else 'The checkpoint'
         best = fit_native(Native({}, origin=origin), network)
     best.held = [name for name in dict.fromkeys(held) if name != best.name]
+    if best.native.beside and not look:
+        _logger.warning('%s', told_of_others(best.native))
     if best.native.naming is not None and best.native.naming.notice and not look:
         say_once(best.native.naming.notice)
     return best
+
+
+def told_of_others(native: Native) -> str:
+    """Say which of several networks in a checkpoint is taken, '' if there is one alone."""
+    if not native.beside:
+        return ''
+    behind = ', '.join(repr(prefix) for prefix in native.beside)
+    return (
+        f'{native.origin}: has a network behind the prefix {native.prefix!r}, which is taken, and others behind '
+        f'{behind}: for one of these, pass its tensors alone.'
+    )
 
 
 def tell_left_out(found: Fit) -> None:

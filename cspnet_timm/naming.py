@@ -233,6 +233,8 @@ class Native:
         activations: Likewise the class of the activation behind a batch norm.
         sources: Likewise the checkpoint's own name of the batch norm.
         network: What the checkpoint calls the network, '' if it does not tell.
+        prefix: What stands before the names in the checkpoint.
+        beside: Behind which other prefixes the checkpoint has networks.
     """
 
     tensors: StateDict
@@ -244,6 +246,8 @@ class Native:
     activations: Dict[str, str] = field(default_factory=dict)
     sources: Dict[str, str] = field(default_factory=dict)
     network: str = ''
+    prefix: str = ''
+    beside: Tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> Optional[int]:
@@ -326,14 +330,23 @@ def to_native(
     told = _tell(checkpoint, whole)
     weights = {k: v for k, v in whole.items() if not is_bookkeeping(k, v.ndim)}
 
-    def native(tensors: StateDict, left_out: int, naming: Optional[Naming] = None, given: bool = False) -> Native:
+    def native(
+            tensors: StateDict,
+            left_out: int,
+            naming: Optional[Naming] = None,
+            given: bool = False,
+            prefix: str = '',
+            prefixes: Sequence[str] = (),
+    ) -> Native:
         left_out = max(left_out + count + len(told) - len(weights), 0)
         return _hear(Native(
-            dict(tensors), left_out, origin=origin, given=given, naming=naming, network=checkpoint.name), told)
+            dict(tensors), left_out, origin=origin, given=given, naming=naming, network=checkpoint.name, prefix=prefix,
+            beside=tuple(other for other in prefixes if other != prefix)), told)
 
-    for prefix in _own_prefixes(whole):
+    prefixes = _own_prefixes(whole)
+    for prefix in prefixes:
         own = {k[len(prefix):]: v for k, v in whole.items() if k.startswith(prefix) and _NATIVE.match(k, len(prefix))}
-        yield native(own, len(weights) - len(own), given=not prefix)
+        yield native(own, len(weights) - len(own), given=not prefix, prefix=prefix, prefixes=prefixes)
     try:
         if convert is not None and not isinstance(getattr(convert, '__self__', None), Naming) and network is not None:
             own = convert(dict(whole), network)
@@ -341,8 +354,11 @@ def to_native(
                 yield native(own, 0)
         first = getattr(convert, '__self__', None)
         for naming in sorted(_NAMINGS, key=lambda naming: naming is not first):
-            for prefix in naming.prefixes(weights):
-                yield native(*naming.rename_behind(weights, prefix), naming)
+            prefixes = naming.prefixes(weights)
+            for prefix in prefixes:
+                # Blocks within a network may have names like a network's.
+                others = [other for other in prefixes if not other.startswith(prefix)]
+                yield native(*naming.rename_behind(weights, prefix), naming, prefix=prefix, prefixes=others)
     except CheckpointError as error:
         message = str(error)
         raise error if message.startswith(origin) else CheckpointError(f'{origin}: {message}') from error

@@ -223,6 +223,47 @@ def test_an_average_within_a_state_dict(own):
     assert equal(model.state_dict(), average)
 
 
+@pytest.mark.parametrize('taken, left, average', [
+    ('teacher', 'student', 'yes'), ('teacher_model', 'student_model', 'yes'),
+    ('module.encoder_q', 'module.encoder_k', ''),
+    ('model.base_encoder', 'model.momentum_encoder', ''), ('online_network.net', 'target_network.net', ''),
+])
+@pytest.mark.parametrize('taken_first', (True, False))
+@pytest.mark.parametrize('nested', (True, False))
+def test_of_two_copies_that_is_taken_which_is_used(own, taken, left, average, taken_first, nested, tmp_path):
+    sets = {left: {k: v + 1 for k, v in own.state_dict().items()}, taken: dict(own.state_dict())}
+    if taken_first:
+        sets = dict(reversed(sets.items()))
+    if not nested:
+        sets = {f'{name}.{k}': v for name, tensors in sets.items() for k, v in tensors.items()}
+    torch.save(sets, path := tmp_path / 'a.pth')
+    assert equal(from_file(OWN, path, num_classes=3).state_dict(), own.state_dict())
+    assert average in next(line for line in conversion.inspect(path) if line.startswith('moving average'))
+
+
+@pytest.mark.parametrize('nested', (True, False))
+@pytest.mark.parametrize('order', (1, -1))
+def test_a_larger_teacher_is_not_taken_for_its_student(own, nested, order, tmp_path):
+    sets = dict([('student', dict(own.state_dict())), ('teacher', create('cspnet_yolox_tiny').state_dict())][::order])
+    if not nested:
+        sets = {f'{name}.{k}': v for name, tensors in sets.items() for k, v in tensors.items()}
+    torch.save(sets, path := tmp_path / 'a.pth')
+    assert equal(from_file(OWN, path, num_classes=3).state_dict(), own.state_dict())
+    assert f'model: {OWN}' in conversion.inspect(path)
+
+
+def test_of_several_networks_it_is_said_which_is_taken(own, tmp_path, caplog):
+    sets = {f'{name}.{k}': v + i for i, name in enumerate(('rgb', 'infrared')) for k, v in own.state_dict().items()}
+    torch.save(sets, path := tmp_path / 'a.pth')
+    assert "networks: 'rgb.', 'infrared.', the first is taken" in conversion.inspect(path)
+    assert equal(from_file(OWN, path, num_classes=3).state_dict(), own.state_dict())
+    assert "behind the prefix 'rgb.', which is taken, and others behind 'infrared.'" in caplog.text
+    caplog.clear()
+    info, state_dict, _, _ = load_fixture('yolov5n')  # whose blocks have names like the network's
+    from_file('cspnet_yolov5n', foreign.write('yolov5n', tmp_path / 'a.pt', state_dict, info), num_classes=0)
+    assert 'which is taken' not in caplog.text
+
+
 @pytest.mark.parametrize('ema', (None, {'decay': 0.9}, {'decay': torch.tensor(0.9), 'shadow_params': [torch.zeros(3)]}))
 def test_an_average_that_is_none_is_not_claimed(own, ema, tmp_path):
     torch.save({'model': own.state_dict(), 'ema': ema}, tmp_path / 'a.pth')

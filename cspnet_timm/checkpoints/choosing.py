@@ -1,9 +1,13 @@
 """Which of several sets of weights in a file is taken: one rule and one table of names, for every road into a model.
 
 A moving average of the weights is what a network is evaluated with, so that it is preferred where a file has one beside
-the raw weights. Whether a set is an average follows from the names that lead to it.
+the raw weights. Whether a set is an average follows from the names that lead to it. Two networks that learn from each
+other are told by their names as well: a teacher that is like its student is its average, and what is evaluated; one
+that is not is another network, which the student learns from; and the copy that contrastive methods keep beside the
+network that they train is left.
 """
 import re
+from collections import Counter
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple, TypeVar
 
 __all__ = ['Choice', 'choose', 'clean_names', 'is_average', 'split_average']
@@ -18,6 +22,13 @@ _NO_WEIGHTS = re.compile(
     r'loss|metric|sampler|dataloader')
 # Raw weights that the framework has put aside for the average, which took their usual place.
 _PUT_ASIDE = ('current_model_state', 'ema_state_dict')
+# What is taken of two networks in one file whose names differ in these alone, and what is not; whether the first is an
+# average of the second.
+_PAIRS: Tuple[Tuple[str, str, bool], ...] = (
+    ('teacher', 'student', True), ('encoder_q', 'encoder_k', False), ('base_encoder', 'momentum_encoder', False),
+    ('online', 'target', False), ('online', 'momentum', False), ('query_encoder', 'key_encoder', False),
+)
+_ALIKE = 0.75  # of the tensors of the larger one, beside heads that one of them may have alone
 _MAX_DEPTH = 6
 _WRAPPERS = re.compile(r'(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module)(?=\.)')
 _LEADING = ('module', '_orig_mod', 'model', 'state_dict', '_module')
@@ -58,10 +69,17 @@ def _put_aside(top: Mapping[Any, Any]) -> Set[str]:
     return found
 
 
+def _alike(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    """Whether two sets of tensors have the same shapes, so that one may be a copy of the other."""
+    ours, theirs = Counter(map(tuple, a)), Counter(map(tuple, b))
+    return (ours & theirs).total() >= _ALIKE * max(ours.total(), theirs.total(), 1)
+
+
 def choose(
         root: Any,
         children: Callable[[Any], Mapping[Any, Any]],
         count: Callable[[Any], int],
+        shapes: Callable[[Any], Iterable[Any]] = lambda value: (),
 ) -> Optional[Choice]:
     """Find the set of weights that a file is about.
 
@@ -69,6 +87,7 @@ def choose(
         root: What the file holds.
         children: The values by name that lie in a value, empty for what cannot hold a set.
         count: How many weights a value directly holds by name, 0 if it is no set of weights.
+        shapes: Of these weights, by which copies are known.
 
     Returns:
         The set; an average before the raw weights, a known name before others; None if there is none.
@@ -99,22 +118,44 @@ def choose(
     if not found:
         return None
     choice = min(found, key=lambda item: item[0])[1]
+    parts = {other.part: other for _, other in found}
+    for used, kept, is_average_of in _PAIRS:
+        taken, other = (parts.get(choice.part.replace(a, b)) for a, b in ((kept, used), (used, kept)))
+        if taken is None or other is None or taken is other:
+            continue
+        if _alike(shapes(taken.value), shapes(other.value)):
+            choice = taken._replace(average=is_average_of or taken.average)
+        elif is_average_of:  # a larger network that the other one learns from
+            choice = other
+        break
     if choice.average is None and any(type(name) is str and is_average(name) for name in children(root)):
         choice = choice._replace(average=False)
     return choice
 
 
-def split_average(names: Iterable[str], average: Optional[bool]) -> Tuple[List[str], Optional[bool]]:
+def split_average(
+        shapes: Mapping[str, Iterable[int]],
+        average: Optional[bool],
+) -> Tuple[List[str], Optional[bool]]:
     """Choose between raw weights and an average that lie in one state dict, under prefixes such as ``model_ema.``.
 
     Args:
-        names: The tensors.
+        shapes: Of the tensors, by their names.
         average: What is known of the state dict as a whole.
 
     Returns:
         The names to take, and whether they are an average.
     """
-    names = list(names)
+    names = list(shapes)
+    for first, second, is_average_of in _PAIRS:
+        taken = [name for name in names if first in name.rpartition('.')[0]]
+        other = [name for name in names if second in name.rpartition('.')[0] and first not in name]
+        if not taken or not other:
+            continue
+        if _alike((shapes[name] for name in taken), (shapes[name] for name in other)):
+            return [name for name in names if name not in set(other)], is_average_of or average
+        if is_average_of:
+            return [name for name in names if name not in set(taken)], average
     inside = [name for name in names if _leads_to_average(name)]
     if not inside:
         return names, average

@@ -33,9 +33,11 @@ def describe_mapping(root: Union[Mapping[str, Any], nn.Module]) -> Checkpoint:
         root,
         children=lambda value: value if isinstance(value, Mapping) else {},
         count=lambda value: sum(1 for tensor in _tensors(value).values() if tensor.ndim),
+        shapes=lambda value: [tensor.shape for tensor in _tensors(value).values()],
     )
     cleaned = clean_names(_tensors(choice.value if choice is not None else root))
-    names, average = split_average(cleaned, choice.average if choice is not None else None)
+    names, average = split_average(
+        {name: tensor.shape for name, tensor in cleaned.items()}, choice.average if choice is not None else None)
     tensors = {name: cleaned[name] for name in names}
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     module = choice.value if choice is not None and isinstance(choice.value, nn.Module) else nn.Identity()

@@ -74,7 +74,7 @@ def describe(path: Path) -> Checkpoint:
         framework, license = _framework(root, found, container.modules)
         network, scale = _network(found.record)
         cleaned = clean_names(found.arrays)
-        names, average = split_average(cleaned, found.average)
+        names, average = split_average({name: array.shape for name, array in cleaned.items()}, found.average)
         arrays = {name: _decoded(cleaned[name]) for name in names}
         tensors = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
         classes = _count(found.record) or count_classes(tensors)
@@ -127,7 +127,7 @@ def _size(value: Any) -> int:
 
 
 def _find(root: Any, budget: Budget) -> Optional[_Found]:
-    choice = choose(root, _children, _size)
+    choice = choose(root, _children, _size, lambda value: [array.shape for array in _arrays(value).values()])
     if choice is None:
         return None
     if _is_module(choice.value):

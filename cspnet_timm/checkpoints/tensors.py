@@ -57,7 +57,7 @@ def describe(path: Path) -> Checkpoint:
         tensors[name] = TensorInfo(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
 
     cleaned = {clean: name for name, clean in zip(tensors, clean_names(tensors))}
-    names, average = split_average(cleaned, None)
+    names, average = split_average({name: tensors[key].shape for name, key in cleaned.items()}, None)
 
     def read() -> Dict[str, torch.Tensor]:
         out = {name: file.get_tensor(cleaned[name]) for name in names}
