@@ -18,7 +18,7 @@ from .backbone import CspBackbone
 from .checkpoints import Checkpoint, CheckpointError, darknet, open_checkpoint
 from .families._builder import WEIGHTS
 from .files import replaced_folder
-from .fitting import candidates, with_neck
+from .fitting import candidates, is_folded, with_neck
 from .naming import Native, foreign_project, to_native
 
 __all__ = ['Conversion', 'convert', 'inspect']
@@ -333,6 +333,8 @@ def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:
         native, names = _natives(checkpoint, look=True)
         lines.append(f'model: {_listed(names)}')
         if native is not None:
+            if is_folded(native):
+                lines.append('batch norms: folded into the convolutions')
             if native.beside:
                 lines.append(f'networks: {", ".join(map(repr, (native.prefix, *native.beside)))}, the first is taken')
             lines += _with_neck([name for name in with_neck(native) if name not in names])

@@ -17,7 +17,8 @@ from .checkpoints import Checkpoint, CheckpointError
 from .naming import Native, StateDict, is_bookkeeping, say_once, to_native
 from .sizes import activations_of, fingerprint, first_conv, model_sizes, same_activation
 
-__all__ = ['Fit', 'candidates', 'fit', 'fit_native', 'recognise', 'tell_left_out', 'told_of_others', 'with_neck']
+__all__ = ['Fit', 'candidates', 'fit', 'fit_native', 'is_folded', 'recognise', 'tell_left_out', 'told_of_others',
+           'with_neck']
 
 _logger = logging.getLogger(__name__)
 
@@ -137,6 +138,11 @@ class Fit:
 
     def _reason(self) -> str:
         numbers = f'{self.counts()}.'
+        if self.folded and self.held:
+            return (
+                f'its batch norms have been folded into the convolutions, and its tensors are of '
+                f'{" or ".join(self.held)}, not of {self.name}: {numbers}'
+            )
         if self.folded:
             return (
                 f'its batch norms have been folded into the convolutions, and {self.name} has them: {numbers} Build '
@@ -267,10 +273,34 @@ def fit_native(native: Native, network: nn.Module, name: str = '') -> Fit:
     found.missing = [key for key in own if key not in given and not key.endswith(_COUNTER) and key[:8] != 'head.fc.']
     if any((key in given) != (key.replace('.weight', '.bias') in given) for key in own if key == 'head.fc.weight'):
         found.missing += [key for key in own if key.startswith('head.fc.') and key not in given]
-    folded = [key for key in found.unexpected if key.endswith('.conv.bias')]
-    found.folded = len(folded) > 1 and not any(key.endswith('.running_var') for key in given)
+    found.folded = is_folded(native) and any(key.endswith('.conv.bias') for key in found.unexpected)
     _compare_layers(found, network)
     return found
+
+
+def is_folded(native: Native) -> bool:
+    """Whether a checkpoint's batch norms have been folded into its convolutions, whose biases they have become.
+
+    Args:
+        native: What :func:`~cspnet_timm.naming.to_native` has made of the checkpoint.
+
+    Returns:
+        True if no batch norm is left.
+    """
+    biases = sum(key.endswith('.conv.bias') for key in native.tensors)
+    return biases > 1 and not any(key.endswith('.running_var') for key in native.tensors)
+
+
+def _unfolded(tensors: StateDict) -> StateDict:
+    """The names and shapes that the tensors had before their batch norms were folded."""
+    out: StateDict = {}
+    for key, value in tensors.items():
+        prefix = key.removesuffix('conv.bias')
+        if key.endswith('.conv.bias'):
+            out.update({f'{prefix}bn.{leaf}': value for leaf in ('weight', 'bias', 'running_mean', 'running_var')})
+        else:
+            out[key] = value
+    return out
 
 
 def _compare_layers(found: Fit, network: nn.Module) -> None:
@@ -315,7 +345,7 @@ def fit(
         if source.beside:
             _logger.warning('%s', told_of_others(source))
         if not found.is_complete:
-            found.held = [name for name in _candidates(source) if name != found.name]
+            found.held = _others(_candidates(source), found.name)
         return found
     if convert is None:
         convert = getattr(getattr(network, 'cfg', None), 'convert', None)
@@ -331,12 +361,17 @@ def fit(
     if best is None:
         origin = str(source.path) if isinstance(source, Checkpoint) and source.path.name else 'The checkpoint'
         best = fit_native(Native({}, origin=origin), network)
-    best.held = [name for name in dict.fromkeys(held) if name != best.name]
+    best.held = _others(held, best.name)
     if best.native.beside and not look:
         _logger.warning('%s', told_of_others(best.native))
     if best.native.naming is not None and best.native.naming.notice and not look:
         say_once(best.native.naming.notice)
     return best
+
+
+def _others(names: List[str], own: str) -> List[str]:
+    """Other networks that a checkpoint holds; none if, for all that it tells, it is the own one's."""
+    return [] if own in names else list(dict.fromkeys(names))
 
 
 def told_of_others(native: Native) -> str:
@@ -376,6 +411,7 @@ def candidates(source: Contents) -> List[str]:
 
     Returns:
         Names of models, more than one where networks differ in nothing that the checkpoint tells: YOLO11 and YOLO26.
+        A checkpoint whose batch norms have been folded is its network's all the same (:func:`is_folded`).
     """
     try:
         for native in [source] if isinstance(source, Native) else to_native(source, look=True):
@@ -391,6 +427,8 @@ def _candidates(native: Native) -> List[str]:
         key: value for key, value in native.tensors.items()
         if not is_bookkeeping(key, value.ndim) and not key.endswith(f'.{_COUNTER}')
     }
+    if is_folded(native):
+        tensors = _unfolded(tensors)
     backbone = {key: value for key, value in tensors.items() if not key.startswith('neck.')}
     # A released detector is known by its backbone; whoever saved a network of this package means all of it.
     forms = (tensors, backbone) if native.naming is None else (backbone, tensors)

@@ -380,6 +380,12 @@ def test_folded_files(own, tmp_path):
     torch.save(folded.state_dict(), tmp_path / 'a.pth')
     with pytest.raises(CheckpointError, match=r'folded.*reparameterize_model'):
         from_file(OWN, tmp_path / 'a.pth', num_classes=3)
+    lines = conversion.inspect(tmp_path / 'a.pth')
+    assert 'batch norms: folded into the convolutions' in lines and f'model: {OWN}' in lines
+    with pytest.raises(CheckpointError, match=r'folded.*cspnet_yolox_nano has them'):
+        conversion.convert(tmp_path / 'a.pth', tmp_path / 'out', license='mit')
+    with pytest.raises(CheckpointError, match=rf'folded.*are of {OWN}, not of cspnet_yolox_tiny'):
+        from_file('cspnet_yolox_tiny', tmp_path / 'a.pth', num_classes=3)
     model = reparameterize_model(timm.create_model(OWN, num_classes=3)).eval()
     model.load_state_dict(torch.load(tmp_path / 'a.pth'))
     x = torch.rand(1, 3, 64, 64)
@@ -397,6 +403,7 @@ def test_a_frameworks_folded_file_loads_into_a_folded_network():
         folded[f'{name}.conv.bias'] = state_dict[f'{name}.bn.bias'] - state_dict[f'{name}.bn.running_mean'] * scale
     with pytest.raises(CheckpointError, match='folded'):
         timm.create_model('cspnet_yolov8n', num_classes=0).load_state_dict(folded)
+    assert candidates(folded) == ['cspnet_yolov8n']
     model = reparameterize_model(timm.create_model('cspnet_yolov8n', num_classes=0)).eval()
     model.load_state_dict(folded)
     with torch.no_grad():
