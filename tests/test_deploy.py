@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -317,6 +318,36 @@ def test_int8_is_calibrated():
         rectified = quantize(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 8, 1)), [x])
         assert rectified[1].range == (0, 255) and same.stem.conv1.conv.range == (-128, 127)
     assert not any('scale' in key for key in model.state_dict())
+
+
+@torch.no_grad()
+def test_int8_has_a_budget(tmp_path):
+    """Judged on images that nothing was fitted to; layers are taken back until the bound holds, and are named."""
+    needs('native')
+    model = nn.Sequential(OrderedDict(
+        stem=nn.Conv2d(3, 32, 3, 2, 1), act=nn.SiLU(), conv=nn.Conv2d(32, 48, 3, padding=1), last=nn.ReLU())).eval()
+    model.stem.weight[0] *= 40
+    x = torch.nn.functional.interpolate(image(16), scale_factor=0.25).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    batches = [x[:4], x[4:8], x[8:12], x[12:]]
+    kwargs = dict(precision='int8', backend='native', calibration=iter(batches))
+    plain = quick(model, x[:2], **kwargs)
+    assert plain.report.held_back == 4 and not plain.report.higher
+    assert 'on 4 images held back from calibration' in str(plain.report)
+    error = distance(plain(batches[-1]), model(batches[-1]))
+    assert plain.report.differences == [pytest.approx(error, rel=1e-3)]
+    assert distance(plain(batches[-1]), plain(x[:4])) > 0.01  # or it would not matter which images they are
+    fast = quick(model, x[:2], **dict(kwargs, calibration=batches, max_difference=error / 2))
+    assert distance(fast(batches[-1]), model(batches[-1])) <= error / 2
+    assert fast.report.higher == ['act'] and fast.report.candidates[0]['higher'] == ['act']
+    assert 'in bfloat16 and not in int8: act' in str(fast.report)
+    fast.save(tmp_path / 'fast')
+    again = deploy.load(tmp_path / 'fast')
+    assert torch.equal(again(x), fast(x)) and again.report.higher == ['act'] and again.report.held_back == 4
+    with pytest.raises(DeployError, match=r'but for 2 in bfloat16: .*held back from calibration by .* 1e-06 allows'):
+        quick(model, x[:2], **dict(kwargs, calibration=batches, max_difference=1e-6))
+    one = quick(model, x[:2], **dict(kwargs, calibration=batches[:1]))
+    assert not one.report.held_back and 'held back' not in str(one.report)
+    assert one.report.differences == [pytest.approx(distance(one(x[:2]), model(x[:2])), rel=1e-3)]
 
 
 DOCS = Path(__file__).parents[1] / 'docs' / 'deploy.md'

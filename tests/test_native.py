@@ -18,6 +18,7 @@ from cspnet_timm.deployment.native import (
     correct,
     lower,
     unavailable,
+    within,
 )
 from cspnet_timm.deployment.native.calibrate import evaluate
 from cspnet_timm.deployment.native.tuning import Tuning
@@ -343,6 +344,35 @@ def test_corrected():
 
 
 @runs_here
+def test_what_costs_most_stays_in_bfloat16():
+    """As few maps as a bound takes, and the error of all if it cannot be kept."""
+    model = Layers().eval()
+    with torch.no_grad():
+        model.layers[2].weight[0] *= 50  # a channel by whose range the others have few steps
+    x = torch.nn.functional.interpolate(images(16, 3, 12, 12), scale_factor=4., mode='bilinear')
+    plan = calibrate(lower(model, x[:1], torch.float32), [x[:8]])
+    with torch.no_grad():
+        expected = model(x[8:])
+    tried = {}
+
+    def error(plan):
+        found = max(distance(a, b) for a, b in zip(NativeEngine(plan, 1, 'int8')(x[8:]), expected))
+        tried[len(plan.halves)] = found
+        return found
+
+    assert not within(plan, [x[:8]], error, 1.).halves and list(tried) == [0]
+    best = within(plan, [x[:8]], error, 0.7 * tried[0])
+    assert error(best) <= 0.7 * tried[0] and 0 < len(best.halves) < 6
+    assert 'layers.3' in [best.names[v - 1] for v in best.halves]  # the activation behind that channel
+    again = Plan.from_bytes(*best.to_bytes())
+    assert again.halves == best.halves
+    for a, b in zip(NativeEngine(again, 2, 'int8')(x), NativeEngine(best, 1, 'int8')(x)):
+        assert torch.equal(a, b)
+    least = within(plan, [x[:8]], error, 0.)
+    assert error(least) == min(tried.values()) < 0.02
+
+
+@runs_here
 def test_weights_in_bytes_are_those_that_were_chosen():
     """bfloat16 holds them so well that the byte of each follows."""
     for k in range(-127, 128):
@@ -486,7 +516,9 @@ def test_plans_that_lie_are_refused():
     assert seen == set(LIES)
     for field, lie in (('input', [4, 18]), ('input', [5, 18, 34]), ('input', [4, 10 ** 9, 34]),
                        ('outputs', [[99, False]]), ('outputs', []), ('outputs', [[1, True]]),
-                       ('operations', 'x'), ('format', 2), ('ranges', []), ('ranges', 'x'), ('ranges', {}),
+                       ('operations', 'x'), ('format', 2), ('halves', 'x'), ('halves', {}), ('halves', None),
+                       ('halves', [0]), ('halves', [10 ** 6]), ('halves', [True]), ('halves', [1.5]),
+                       ('halves', [1] * 5000), ('ranges', []), ('ranges', 'x'), ('ranges', {}),
                        *(('ranges', [lie] * (len(json.loads(text)['operations']) + 1)) for lie in (
                            None, [0, 1], [0, 1, '2'], [0.5, 1, 1], [-2, -1, 1], [0, 1, -1], [0, 1, 1e300], [0, True, 1],
                            [-1, float('nan'), 1]))):

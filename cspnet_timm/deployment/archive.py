@@ -176,6 +176,8 @@ def _read(path: Path) -> Tuple[Dict[str, Any], Dict[str, bytes]]:
             and isinstance(report.forms, list) and all(isinstance(form, str) for form in report.forms)
             and isinstance(report.differences, list) and report.differences
             and all(isinstance(d, (int, float)) for d in report.differences)
+            and isinstance(report.higher, list) and all(isinstance(name, str) for name in report.higher)
+            and isinstance(report.held_back, int)
         )
         Arrangement.parse(report.arrangement)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -29,7 +29,7 @@ from timm.models import reparameterize_model
 from .archive import Deployed
 from .backends import BACKENDS, Arrangement, Backend, Runner
 from .checks import check_input, require
-from .contract import BOUNDS, Trials, check, differences, make_trials
+from .contract import BOUNDS, Trials, check, errors, make_trials
 from .forms import FORMS
 from .isolation import Isolation, Lost
 from .machine import PRECISIONS, describe, interleave, native_precisions
@@ -38,6 +38,7 @@ from .report import DeployError, Report, describe_candidate, first_line
 
 __all__ = ['TupleOutputs', 'deploy']
 
+HELD_BACK = 4  # one batch of so many that are given for calibration is not fitted to, but compared
 GAIN = 0.97  # what a form or an arrangement must reach of the time of the best one so far, to replace it
 _ONE_AT_A_TIME = threading.RLock()  # two would disturb each other's measurements, and torch.export takes one thread
 CLOSE, FINALISTS = 1.1, 4  # who comes this close to the best one is measured beside it once more, so many at most
@@ -131,9 +132,12 @@ class _Candidate:
     milliseconds: float = math.nan
 
     def as_dict(self) -> Dict[str, Any]:
-        return dict(
+        entry = dict(
             backend=self.backend, precision=self.precision, forms=self.forms, arrangement=str(self.arrangement),
             milliseconds=self.milliseconds, difference=max(self.difference))
+        if self.converted.higher:
+            entry['higher'] = self.converted.higher
+        return entry
 
 
 class _Search:
@@ -173,6 +177,9 @@ class _Search:
         kind = BACKENDS[backend]
         try:
             with torch.no_grad():
+                if precision == 'int8' and kind.mixes and self.bounds[precision] < BOUNDS[precision]:
+                    return kind.convert_within(
+                        model, self.example, precision, self.calibration, self._error, self.bounds[precision])
                 if self.isolation is None or not kind.isolated:
                     return kind.convert(model, self.example, precision, self.calibration)
                 prepared = kind.prepare(model, self.example, precision, self.calibration)
@@ -181,6 +188,11 @@ class _Search:
         except Exception as error:  # whatever a converter has to say of a network that it does not know
             self._fail(backend, precision, forms, error)
             return None
+
+    def _error(self, converted: Backend) -> float:
+        """Of a network in int8."""
+        runner = converted.runner(converted.arrangements(len(self.example), self.threads)[0], self.threads)
+        return max(errors(runner, self.trials, 'int8'))
 
     def _alone(
             self,
@@ -198,10 +210,18 @@ class _Search:
             bound=self.bounds[precision], what=what)
         return parts
 
-    def _fail(self, backend: str, precision: str, forms: List[str], error: Exception) -> None:
+    def _fail(
+            self,
+            backend: str,
+            precision: str,
+            forms: List[str],
+            error: Exception,
+            higher: Sequence[str] = (),
+    ) -> None:
         self.errors.append(error)
         note = str(error) if isinstance(error, Lost) else first_line(error)
-        self._say(dict(backend=backend, precision=precision, forms=forms, note=note))
+        entry = dict(backend=backend, precision=precision, forms=forms, note=note)
+        self._say(dict(entry, higher=list(higher)) if higher else entry)
 
     def challenge(
             self,
@@ -228,7 +248,7 @@ class _Search:
                 self._alone(backend, precision, forms, converted.parts(), arrangement)
             runner = converted.runner(arrangement, self.threads)
             if isolated:
-                difference = differences(runner(self.example), self.trials.reference)
+                difference = errors(runner, self.trials, precision)
             else:
                 difference = check(runner, self.trials, precision, self.bounds[precision])
             candidate = _Candidate(backend, precision, forms, arrangement, converted, runner, difference)
@@ -239,7 +259,7 @@ class _Search:
                 [lambda r=r: r.runner(self.example) for r in rivals],  # type: ignore[misc]
                 self.example.device, self.seconds)
         except Exception as error:
-            self._fail(backend, precision, forms, error)
+            self._fail(backend, precision, forms, error, converted.higher)
             return
         for rival, milliseconds in zip(rivals, times):
             rival.milliseconds = milliseconds
@@ -326,10 +346,13 @@ def deploy(
             floating point that the hardware has, and int8 too if there is ``calibration``.
         backend: ``'native'``, ``'openvino'``, ``'onnxruntime'``, ``'inductor'``, ``'eager'``, several of them, or
             ``'auto'`` for all that are installed; ``'inductor_tuned'`` takes minutes, and is tried by name alone.
-        calibration: Batches of images, normalised as the model's input, that int8 takes its scales from.
+        calibration: Batches of images, normalised as the model's input, that int8 takes its scales from and is fitted
+            to. Of two batches and more, a quarter is held back, at least one: by these images int8 is judged.
         threads: Threads that compute, ``torch.get_num_threads()`` by default.
-        max_difference: Refuse what differs more from the model than this, ``|a - b| / |b|`` on the example; by
-            default 0.001 in float32, 0.1 in half precision and 0.5 in int8, which only finds failures.
+        max_difference: Refuse what differs more from the model than this, ``|a - b| / |b|`` on the example, or in int8
+            on what of the calibration is held back; by default 0.001 in float32, 0.1 in half precision and 0.5 in
+            int8, which only finds failures. In int8 it is a budget: the package's own engine leaves as many maps in
+            bfloat16 as it takes, which the report names.
         seconds: About how long each candidate is measured.
         progress: Print to the standard error about how long it will take, and a line for everything that is tried.
         isolate: Convert, run for the first time and compare in a process of its own what makes machine code that this
@@ -369,6 +392,8 @@ def deploy(
     threads = threads or torch.get_num_threads()
     pairs, left_out = _pairs(precision, backend, calibration is not None, device)
     batches = check_batches(calibration) if calibration is not None else []
+    kept = max(len(batches) // HELD_BACK, 1) if len(batches) > 1 else 0
+    batches, held = batches[:len(batches) - kept], batches[len(batches) - kept:]
     bounds = BOUNDS if max_difference is None else dict.fromkeys(PRECISIONS, max_difference)
 
     def say(text: str) -> None:
@@ -395,6 +420,8 @@ def deploy(
         original = TupleOutputs(original)
         folded = reparameterize_model(original)
         trials = make_trials(original, example, [given] if single else list(given))
+        trials.held = [batch.detach().float().to(device) for batch in held]
+        trials.held_reference = [list(original(batch)) for batch in trials.held]
         left_out.update(trials.notes)
         if isolation is not None:
             isolation.trials = trials
@@ -407,6 +434,7 @@ def deploy(
         backend=best.backend, precision=best.precision, arrangement=str(best.arrangement), forms=best.forms,
         shape=list(example.shape), threads=threads, milliseconds=times[0], original_milliseconds=times[1],
         differences=best.difference, candidates=search.tried, machine=describe(device), left_out=left_out,
+        higher=best.converted.higher, held_back=sum(map(len, held)) if best.precision == 'int8' else 0,
     )
     say(str(report).splitlines()[0])
     return Deployed(best.converted, best.runner, report, single, device)

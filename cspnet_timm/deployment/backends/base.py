@@ -65,6 +65,7 @@ class Backend(abc.ABC):
         isolated: It compiles machine code that this package has not tested: :meth:`finish` and the first run belong
             in a process of their own.
         on_request: It takes too long to be tried unless it is asked for by name.
+        mixes: It can leave a part of an int8 network in a higher precision: :meth:`convert_within`.
         cost: About how many seconds a candidate takes for a hundred convolutions, for what is said of it beforehand.
     """
 
@@ -72,6 +73,7 @@ class Backend(abc.ABC):
     runs_code: ClassVar[bool] = False
     isolated: ClassVar[bool] = False
     on_request: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
     cost: ClassVar[float] = 5.
 
     @classmethod
@@ -131,6 +133,36 @@ class Backend(abc.ABC):
     ) -> 'Backend':
         """Convert a model in this process; the arguments are those of :meth:`prepare`."""
         return cls.finish(cls.prepare(model, example, precision, calibration), precision, example.shape)
+
+    @classmethod
+    def convert_within(
+            cls,
+            model: nn.Module,
+            example: torch.Tensor,
+            precision: str,
+            calibration: Sequence[torch.Tensor],
+            error: Callable[['Backend'], float],
+            bound: float,
+    ) -> 'Backend':
+        """Convert a model in this process, as much of it in the precision as an error allows.
+
+        Args:
+            model: As for :meth:`prepare`, like the next three.
+            example: ``(B, C, H, W)``.
+            precision: ``'int8'``.
+            calibration: Batches ``(B, C, H, W)``.
+            error: Of a converted network.
+            bound: What it shall not exceed.
+
+        Returns:
+            A network that keeps the bound, or if none does, the one with the least error.
+        """
+        raise NotImplementedError(f'{cls.name} has one precision for all layers.')
+
+    @property
+    def higher(self) -> List[str]:
+        """Of an int8 network the modules whose results stay in a higher precision."""
+        return []
 
     def arrangements(self, batch: int, threads: int) -> List[Arrangement]:
         """Arrangements worth trying for a batch, the most promising one first."""

@@ -1,5 +1,5 @@
 """This package's own engine."""
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import safetensors.torch
 import torch
@@ -15,6 +15,7 @@ class Native(Backend):
     """This package's own engine, for processors with AVX-512: cross stages without copies, cheap activations."""
 
     name = 'native'
+    mixes = True
     cost = 3.
 
     def __init__(self, plan: native.Plan) -> None:
@@ -49,6 +50,26 @@ class Native(Backend):
             return cls(native.lower(model, example))
         plan = native.calibrate(native.lower(model, example, torch.float32), calibration)
         return cls(native.correct(plan, calibration))
+
+    @classmethod
+    def convert_within(
+            cls,
+            model: nn.Module,
+            example: torch.Tensor,
+            precision: str,
+            calibration: Sequence[torch.Tensor],
+            error: Callable[[Backend], float],
+            bound: float,
+    ) -> 'Native':
+        """Leave maps in bfloat16, those that cost most first."""
+        plan = native.calibrate(native.lower(model, example, torch.float32), calibration)
+        return cls(native.within(plan, calibration, lambda plan: error(cls(plan)), bound))
+
+    @property
+    def higher(self) -> List[str]:
+        """What the modules of these names give is kept in bfloat16."""
+        names = [self.plan.names[v - 1] for v in self.plan.halves if v <= len(self.plan.names)]
+        return list(dict.fromkeys(name.removeprefix('model.') for name in names))
 
     def arrangements(self, batch: int, threads: int) -> List[Arrangement]:
         """The engine's own: a thread takes images, or all take a part of one."""

@@ -8,6 +8,10 @@ from .calibrate import calibrate
 from .correcting import correct
 from .engine import NativeEngine
 from .lowering import lower
+from .mixing import within
 from .plan import Plan, UnsupportedNetwork
 
-__all__ = ['NativeEngine', 'Plan', 'UnsupportedNetwork', 'calibrate', 'correct', 'has_bfloat16', 'lower', 'unavailable']
+__all__ = [
+    'NativeEngine', 'Plan', 'UnsupportedNetwork', 'calibrate', 'correct', 'has_bfloat16', 'lower', 'unavailable',
+    'within',
+]

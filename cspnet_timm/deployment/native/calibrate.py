@@ -135,4 +135,4 @@ def calibrate(plan: Plan, batches: Sequence[torch.Tensor]) -> Plan:
             observers[op['x']].samples += observer.samples
     image = observers[0]  # whose black and white are to be kept
     ranges = [(image.low, image.high, image.largest), *((*o.range(), o.largest) for o in observers[1:])]
-    return Plan(plan.input_shape, plan.operations, plan.outputs, plan.tensors, ranges)
+    return Plan(plan.input_shape, plan.operations, plan.outputs, plan.tensors, ranges, plan.halves, plan.names)

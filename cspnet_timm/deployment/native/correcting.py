@@ -16,7 +16,7 @@ from .fusing import fuse
 from .graph import Value
 from .plan import Plan
 
-__all__ = ['PARTS', 'correct']
+__all__ = ['PARTS', 'correct', 'kept', 'nearest_bytes']
 
 PARTS = ('means', 'weights', 'rounding')  # of the correction, which are measured by themselves too
 ROWS = 4, 1 << 11, 1 << 13  # positions of a map that weights are fitted to: for each weight; at least, and at most
@@ -55,7 +55,7 @@ def correct(
     live = 4 * sum(sorted((c * h * w for c, h, w in shapes), reverse=True)[:4])  # about what lives at a time
     batches = _some(batches, max(MEMORY // live, 1))
     exact = [{0: batch} for batch in batches]
-    rounded = [{0: _kept(batch, maps[0])} for batch in batches]
+    rounded = [{0: kept(batch, maps[0])} for batch in batches]
     tensors = dict(plan.tensors)
     last = readers(plan)
     with torch.no_grad():
@@ -69,11 +69,11 @@ def correct(
                 weight, bias = tensors[f'{i}.weight'].float(), tensors[f'{i}.bias']
             for values, others, y in zip(exact, rounded, wanted):
                 result = compute(plan, i, others, weight, bias)
-                others[i + 1] = _kept(result, maps[i + 1]) if id(maps[i + 1]) in stored else result
+                others[i + 1] = kept(result, maps[i + 1]) if id(maps[i + 1]) in stored else result
                 values[i + 1] = y
                 for k in [k for k in values if last.get(k, -1) <= i]:
                     del values[k], others[k]
-    return Plan(plan.input_shape, plan.operations, plan.outputs, tensors, plan.ranges)
+    return Plan(plan.input_shape, plan.operations, plan.outputs, tensors, plan.ranges, plan.halves, plan.names)
 
 
 def _some(batches: Sequence[torch.Tensor], most: int) -> List[torch.Tensor]:
@@ -85,12 +85,32 @@ def _some(batches: Sequence[torch.Tensor], most: int) -> List[torch.Tensor]:
     return [b.detach().float().cpu() for b in chosen]
 
 
-def _kept(x: torch.Tensor, value: Value) -> torch.Tensor:
-    """A map as the engine keeps it."""
+def kept(x: torch.Tensor, value: Value) -> torch.Tensor:
+    """A map as the engine keeps it.
+
+    Args:
+        x: What it is exactly.
+        value: How it lies in memory.
+    """
     if not value.is8:
         return x.bfloat16().float()
     scale, zero = (v.view(-1, 1, 1) for v in (value.scale, value.zero))  # type: ignore[union-attr]
     return (x / scale + zero).round_().clamp_(0, 255).sub_(zero).mul_(scale)
+
+
+def nearest_bytes(weight: torch.Tensor, read: Value, groups: int) -> torch.Tensor:
+    """Weights as the nearest bytes would have them.
+
+    Args:
+        weight: ``(O, C, kh, kw)``.
+        read: The map in bytes that they are multiplied by.
+        groups: Of the convolution.
+    """
+    assert read.scale is not None
+    steps = read.scale.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+    steps = steps.reshape(len(weight), -1)[..., None, None]
+    unit = (weight * steps).flatten(1).abs().amax(1).clamp(min=1e-30)[:, None, None, None] / 127
+    return (weight * steps / unit).round() * unit / steps
 
 
 def _fit(plan: Plan, i: int, read: Value, inputs: List[torch.Tensor], wanted: List[torch.Tensor],

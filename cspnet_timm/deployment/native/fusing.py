@@ -116,7 +116,7 @@ def _quantize(plan: Plan, values: List[Value], tiles: bool) -> None:
         if kind == 'mean' or (any(v in means for v in parts) and not any(values[v].is8 for v in parts)):
             means.add(i + 1)
         elif kind in ('conv', 'act', 'add', 'mul'):
-            if i + 1 not in vectors:
+            if i + 1 not in vectors and i + 1 not in plan.halves:
                 _put_in_bytes(out, plan.ranges[i + 1], tiles)
         elif kind == 'cat':
             if any(values[v].is8 for v in parts):

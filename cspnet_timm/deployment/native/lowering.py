@@ -86,7 +86,8 @@ class _Lowering:
                 self.tensors[f'{i}.weight'] = weight.detach().clone()
         _, channels, height, width = self.example.shape
         try:
-            return Plan((channels, height, width), self.operations, outputs, self.tensors)
+            return Plan((channels, height, width), self.operations, outputs, self.tensors,
+                        names=[_path(node) for node in self.sources])
         except ValueError as error:  # larger than anything the engine is for
             found = re.search(r'operations\[(\d+)\]|tensor (\d+)\.', str(error))
             if found is None:
@@ -95,8 +96,8 @@ class _Lowering:
             raise self._refuse(node, f': {str(error).rstrip(".")}') from error
 
     def _refuse(self, node: torch.fx.Node, why: str = '') -> UnsupportedNetwork:
-        trace = (node.meta.get('nn_module_stack') or {}).values()
-        where = ''.join(f' in {path}' for path, _ in list(trace)[-1:] if path)
+        path = _path(node)
+        where = f' in {path}' if path else ''
         return UnsupportedNetwork(f'The native engine does not know {node.target}{where}{why}.')
 
     def _emit(self, op: str, **fields: Any) -> int:
@@ -356,6 +357,12 @@ class _Lowering:
         if not whole and like is None:
             raise self._refuse(node, f' of {tuple(before[2:])} to {tuple(after[2:])}')
         return self._emit('upsample', x=self._value(node.args[0]), scale=scale, like=like)
+
+
+def _path(node: torch.fx.Node) -> str:
+    """What the network calls the module that a node comes from."""
+    trace = list((node.meta.get('nn_module_stack') or {}).values())
+    return trace[-1][0] if trace else ''
 
 
 def _two(value: Any) -> List[int]:

@@ -50,6 +50,8 @@ class Plan:
             outputs: List[Tuple[int, bool]],
             tensors: Dict[str, torch.Tensor],
             ranges: Optional[List[Range]] = None,
+            halves: Sequence[int] = (),
+            names: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -61,6 +63,8 @@ class Plan:
                 is read.
             ranges: For maps of bytes, of the input and of what each operation gives, the ends of the range that 256
                 steps shall cover, with zero between them, and the largest magnitude that is expected at all.
+            halves: Of a plan with ranges, the values that stay in bfloat16.
+            names: Of each operation what the network calls the module that it comes from; for people, and not kept.
 
         Raises:
             ValueError: If anything of it is not as it must be; the message names the field.
@@ -70,13 +74,15 @@ class Plan:
         self.outputs = outputs
         self.tensors = tensors
         self.ranges = ranges
+        self.halves = list(halves) if isinstance(halves, (list, tuple)) else halves
+        self.names = list(names)
         self._check()
         self.shapes(*input_shape[1:])
 
     def to_bytes(self) -> Tuple[str, Dict[str, torch.Tensor]]:
         """The plan as JSON, and its tensors."""
         text = json.dumps({'format': 1, 'input': self.input_shape, 'operations': self.operations,
-                           'outputs': self.outputs, 'ranges': self.ranges})
+                           'outputs': self.outputs, 'ranges': self.ranges, 'halves': self.halves})
         return text, dict(self.tensors)
 
     @classmethod
@@ -110,7 +116,8 @@ class Plan:
             if not isinstance(item, list) or len(item) != 2 or not isinstance(item[1], bool):
                 raise ValueError(f'The plan\'s field outputs[{i}] is no pair of a number and a truth value.')
             outputs.append((_integer(item[0], f'outputs[{i}]', 0, MAX_OPERATIONS), item[1]))
-        return cls((shape[0], shape[1], shape[2]), data['operations'], outputs, tensors, data.get('ranges'))
+        return cls((shape[0], shape[1], shape[2]), data['operations'], outputs, tensors, data.get('ranges'),
+                   data.get('halves', ()))
 
     def _check(self) -> None:
         """Types and ranges of all that does not depend on the size of the image."""
@@ -132,6 +139,10 @@ class Plan:
                 raise ValueError(f'The plan\'s field ranges[{i}] is no three numbers below 1e30.')
             if not numbers[0] <= 0 <= min(numbers[1:]):
                 raise ValueError(f'The plan\'s field ranges[{i}] is {numbers}, and has no zero between its ends.')
+        if not isinstance(self.halves, list) or len(self.halves) > len(self.operations):
+            raise ValueError('The plan\'s field \'halves\' is no list of values.')
+        for value in self.halves:
+            _integer(value, 'halves', 1, len(self.operations))
         names: set = set()
         for i, op in enumerate(self.operations):
             where = f'operations[{i}]'
