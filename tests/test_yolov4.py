@@ -354,6 +354,17 @@ def test_the_channels_of_tiny_are_put_in_order(tmp_path):
     assert np.array_equal(taken, np.concatenate([weight[:, 32:], weight[:, :32]], axis=1))
 
 
+def test_a_backbone_alone_does_not_tell_its_epsilon(tmp_path, caplog):
+    path = sparse(tmp_path / 'yolov4.conv.105', FILES['cspnet_yolov4'][1])
+    taken = darknet.read(path, empty('cspnet_darknet53_mish', 1000), classifier=False)
+    assert 'batch norm eps of 1e-06' in caplog.text and 'pass bn_eps=1e-05' in caplog.text
+    assert not taken['layer4.csp.merge.bn.running_var'].any()
+    caplog.clear()
+    read_foreign(path, empty('cspnet_yolov4'))
+    read_foreign(path, timm.create_model('cspnet_darknet53_mish', device='meta', num_classes=0, bn_eps=1e-5))
+    assert 'eps' not in caplog.text
+
+
 def test_a_detectors_epsilon_becomes_the_networks(tmp_path):
     path = sparse(tmp_path / 'yolov4.weights', FILES['cspnet_yolov4'][3])
     converted = darknet.read(path, empty('cspnet_darknet53_mish', 1000), classifier=False)

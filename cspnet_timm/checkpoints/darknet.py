@@ -576,6 +576,8 @@ def _read(path: Path, model: nn.Module, allow_partial: bool, classifier: bool) -
         )
     elif extent.held == len(layers) > len(_backbone(layers)):
         _sort_classes(state_dict, layers[-1])
+    elif not classifier:
+        _tell_eps(path, model)
     if extent.held_of_neck < len(neck):
         _logger.warning(
             f'{path} holds {extent.held_of_neck} of the {len(neck)} convolutions of the neck; the others are left as '
@@ -629,6 +631,19 @@ def _choose_order(
         'below zero or that are no numbers: these are weights of another network, or damaged. Of this length is '
         f'{" or ".join(others)}.'
     )
+
+
+def _tell_eps(path: Path, model: nn.Module) -> None:
+    """Say of a backbone alone what nothing in it tells: it may be a detector's, of another epsilon."""
+    own = next((m.eps for m in model.modules() if isinstance(getattr(m, 'eps', None), float)), None)
+    for tail in _tails(model):
+        if own is not None and own != tail.bn_eps:
+            _logger.warning(
+                f'{path} holds the backbone alone, and does not tell whether it was a classifier\'s or begins the '
+                f'detector of {tail.network}: it is taken with this network\'s batch norm eps of {own:g}. For the '
+                f'detector\'s pass bn_eps={tail.bn_eps:g}.'
+            )
+            return
 
 
 def _convert_eps(path: Path, state_dict: Dict[str, torch.Tensor], model: nn.Module, eps: float) -> None:
