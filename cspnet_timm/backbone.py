@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -232,6 +232,8 @@ class CspBackbone(TakesAnyNames):
     ``(B, feature_info[i]['num_chs'], H / r, W / r)`` with ``r = feature_info[i]['reduction']``; the logits are
     ``(B, num_classes)``.
     """
+
+    _pruned: FrozenSet[str] = frozenset()  # names of what pruning has removed of the neck
 
     def __init__(
             self,
@@ -493,7 +495,9 @@ class CspBackbone(TakesAnyNames):
         take_indices, max_index = feature_take_indices(num_maps, indices)
         prune_end = max_index < num_maps - 1
         if max_index >= first:
+            whole = {f'neck.{name}' for name in self.neck.state_dict()}
             self.neck.prune([i - first for i in take_indices if i >= first])
+            self._pruned |= whole - {f'neck.{name}' for name in self.neck.state_dict()}
         else:
             for i in range(max_index + 1, num_levels):
                 delattr(self, f'layer{i}')

@@ -149,11 +149,14 @@ class Fit:
                 'the network without weights, fold its own by model = timm.utils.reparameterize_model(model), and '
                 'model.load_state_dict(…) takes the file\'s.'
             )
-        lacks_neck = self.is_part and all(key.startswith('neck.') for key in self.missing)
-        if self.held and lacks_neck:
+        if self.held and all(key.startswith('neck.') for key in (*self.missing, *self.unexpected, *self.mismatched)):
+            held = ' or '.join(self.held)
+            if not self.is_part:
+                return f'holds {held} with another neck than {self.name} has: {numbers} Load it into {self.held[0]}.'
+            which = 'and a part of' if any(key.startswith('neck.') for key in self.tensors) else 'without'
             return (
-                f'holds {" or ".join(self.held)} without the neck of {self.name}: {numbers} Load it into '
-                f'{self.held[0]}, or pass pretrained_strict=False, which leaves the neck as it is initialised.'
+                f'holds {held} {which} the neck of {self.name}: {numbers} Load it into {self.held[0]}, or pass '
+                'pretrained_strict=False, which leaves what is missing as it is initialised.'
             )
         if self.held or not self.tensors or (not self.is_part and 2 * len(self.tensors) < self.wrong):
             return f'holds {" or ".join(self.held) or "another network"}, not {self.name}: {numbers}'
@@ -246,8 +249,9 @@ def fit_native(native: Native, network: nn.Module, name: str = '') -> Fit:
     input_key, parts = first_conv(own), {key.partition('.')[0] for key in own}
     cfg = getattr(network, 'cfg', None)
     num_levels = len(getattr(cfg, 'levels', ())) or len(getattr(network, 'feature_info', ()))
-    # What pruning has left out, and a neck, whose nodes are pruned as well.
-    optional = {'neck', 'stem', *(f'layer{i}' for i in range(1, num_levels))} - (parts - {'neck'})
+    # What pruning has left out, and the neck of a network that has none.
+    optional = {'neck', 'stem', *(f'layer{i}' for i in range(1, num_levels))} - parts
+    pruned = getattr(network, '_pruned', ())
     if getattr(cfg, 'head', None) is not None:
         optional |= {'head'} - parts
     leaves = {key.rpartition('.')[2] for key in own}
@@ -255,7 +259,7 @@ def fit_native(native: Native, network: nn.Module, name: str = '') -> Fit:
         shape = tuple(value.shape)
         if key not in own:
             leaf = key.rpartition('.')[2]
-            is_optional = key.partition('.')[0] in optional or key.startswith('head.fc.')
+            is_optional = key.partition('.')[0] in optional or key in pruned or key.startswith('head.fc.')
             counts = leaf == _COUNTER or (leaf not in leaves and is_bookkeeping(key, value.ndim))
             (found.passed_over if is_optional or counts else found.unexpected).append(key)
         elif key.startswith('head.fc.') and shape != tuple(own[key].shape):
@@ -370,8 +374,11 @@ def fit(
 
 
 def _others(names: List[str], own: str) -> List[str]:
-    """Other networks that a checkpoint holds; none if, for all that it tells, it is the own one's."""
-    return [] if own in names else list(dict.fromkeys(names))
+    """Other networks that a checkpoint holds, that first which the own one is with a neck.
+
+    None if, for all that it tells, it is the own one's.
+    """
+    return [] if own in names else sorted(dict.fromkeys(names), key=lambda name: f'{name}_pan' != own)
 
 
 def told_of_others(native: Native) -> str:
@@ -387,8 +394,11 @@ def told_of_others(native: Native) -> str:
 
 def tell_left_out(found: Fit) -> None:
     """Log how much of a checkpoint is not in the network."""
-    left_out = found.native.left_out + len([key for key in found.passed_over if not key.endswith(_COUNTER)])
-    if left_out > 0 and not found.native.given:
+    if found.native.given or not _logger.isEnabledFor(logging.INFO):
+        return
+    counters = [key for key in found.passed_over if key.replace(_COUNTER, 'running_var') in found.tensors]
+    left_out = found.native.left_out([*found.tensors, *counters])
+    if left_out > 0:
         _logger.info('%d tensors of neck, head and training were left out.', left_out)
 
 

@@ -9,7 +9,7 @@ import functools
 import logging
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -130,7 +130,7 @@ class Naming:
         # A copy under a longer prefix is the one that an average is kept in during training.
         return sorted({m[1] for m in found if m}, key=len)[:_MAX_PREFIXES]
 
-    def rename_behind(self, state_dict: StateDict, prefix: str) -> Tuple[StateDict, int]:
+    def rename_behind(self, state_dict: StateDict, prefix: str) -> StateDict:
         """Rename the tensors of one network.
 
         Args:
@@ -138,8 +138,7 @@ class Naming:
             prefix: One of :meth:`prefixes`.
 
         Returns:
-            Those of the backbone, its neck and its classifier, under this package's names, and how many others there
-            are.
+            Those of the backbone, its neck and its classifier, under this package's names.
 
         Raises:
             CheckpointError: If the names are only partly the family's.
@@ -157,10 +156,7 @@ class Naming:
                 f'holds another network; its names are only partly those of {self.family} '
                 f'({type(error).__name__}: {error}).'
             ) from error
-        native = {k: v for k, v in renamed.items() if _NATIVE.match(k)}
-        others = {id(v) for v in whole.values()} - {id(v) for v in own.values()}
-        others -= {id(v) for v in native.values()}  # a neck, which may not lie behind the prefix
-        return native, len(state_dict) - len(whole) + len(others) + len(renamed) - len(native)
+        return {k: v for k, v in renamed.items() if _NATIVE.match(k)}
 
     def convert(self, state_dict: StateDict, model: Optional[nn.Module] = None) -> StateDict:
         """The family's ``BackboneCfg.convert``.
@@ -177,7 +173,7 @@ class Naming:
         """
         whole = {k: v for k, v in unwrap(state_dict).items() if not is_bookkeeping(k, v.ndim)}
         prefixes = self.prefixes(whole)
-        return self.rename_behind(whole, prefixes[0])[0] if prefixes else state_dict
+        return self.rename_behind(whole, prefixes[0]) if prefixes else state_dict
 
 
 def register_naming(naming: Naming) -> Naming:
@@ -225,7 +221,8 @@ class Native:
 
     Attributes:
         tensors: The tensors, also those that some network may have no place for.
-        left_out: How many other tensors the checkpoint has, of head and training.
+        count: How many tensors the checkpoint has.
+        origins: Finds the checkpoint's own names of what each of the tensors was made of; None if that is not known.
         origin: The file, or ``'The checkpoint'``, for messages.
         given: Whether the checkpoint has these names itself, without anything before them.
         naming: The family's, None if the names are this package's.
@@ -238,7 +235,8 @@ class Native:
     """
 
     tensors: StateDict
-    left_out: int = 0
+    count: int = 0
+    origins: Optional[Callable[[], Dict[str, FrozenSet[str]]]] = None
     origin: str = 'The checkpoint'
     given: bool = False
     naming: Optional[Naming] = None
@@ -255,10 +253,61 @@ class Native:
         rows = self.tensors.get('head.fc.weight', self.tensors.get('head.fc.bias'))
         return rows.shape[0] if rows is not None and rows.ndim else None
 
+    def left_out(self, taken: Iterable[str]) -> int:
+        """Count the checkpoint's tensors, of neck, head and training, that are no part of some of these.
+
+        Args:
+            taken: Names of :attr:`tensors`.
+
+        Returns:
+            How many. Of a tensor that was cut in two, or of two that were made one, as the checkpoint has them.
+        """
+        if self.origins is None:
+            return len(self.tensors.keys() - set(taken))
+        origins = self.origins()
+        return self.count - len(frozenset().union(*(origins.get(name, ()) for name in taken)))
+
     @property
     def first_conv(self) -> str:
         """Name of the convolution that reads the image, '' if it is not there."""
         return first_conv(self.tensors)
+
+
+class _Traced(torch.Tensor):
+    """A tensor without values, which knows the names of those that it was made of."""
+
+    names: FrozenSet[str] = frozenset()
+
+    @classmethod
+    def of(cls, name: str, shape: Tuple[int, ...], dtype: torch.dtype) -> '_Traced':
+        traced = torch.empty(shape, dtype=dtype, device='meta').as_subclass(cls)
+        traced.names = frozenset((name,))
+        return traced
+
+    @classmethod
+    def __torch_function__(
+            cls,
+            func: Callable[..., Any],
+            types: Any,
+            args: Tuple[Any, ...] = (),
+            kwargs: Optional[Dict[str, Any]] = None,
+    ) -> Any:
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        given = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(x, cls)]
+        for y in made if isinstance(made, (list, tuple)) else (made,):
+            if isinstance(y, cls):
+                y.names = frozenset().union(*(x.names for x in given))
+        return made
+
+
+def _origins(
+        shapes: Dict[str, Tuple[Tuple[int, ...], torch.dtype]],
+        naming: Naming,
+        prefix: str,
+) -> Dict[str, FrozenSet[str]]:
+    """Rename tensors without values, to see what becomes of which."""
+    traced: StateDict = {name: _Traced.of(name, *shape) for name, shape in shapes.items()}
+    return {name: getattr(value, 'names', frozenset()) for name, value in naming.rename_behind(traced, prefix).items()}
 
 
 def _own_prefixes(state_dict: Mapping[str, Any]) -> List[str]:
@@ -330,35 +379,33 @@ def to_native(
     told = _tell(checkpoint, whole)
     weights = {k: v for k, v in whole.items() if not is_bookkeeping(k, v.ndim)}
 
-    def native(
-            tensors: StateDict,
-            left_out: int,
-            naming: Optional[Naming] = None,
-            given: bool = False,
-            prefix: str = '',
-            prefixes: Sequence[str] = (),
-    ) -> Native:
-        left_out = max(left_out + count + len(told) - len(weights), 0)
+    shapes = {k: (tuple(v.shape), v.dtype) for k, v in weights.items() if not k.endswith(f'.{_TOLD}')}
+
+    def native(tensors: StateDict, prefix: str = '', prefixes: Sequence[str] = (), **kwargs: Any) -> Native:
         return _hear(Native(
-            dict(tensors), left_out, origin=origin, given=given, naming=naming, network=checkpoint.name, prefix=prefix,
-            beside=tuple(other for other in prefixes if other != prefix)), told)
+            dict(tensors), count, origin=origin, network=checkpoint.name, prefix=prefix,
+            beside=tuple(other for other in prefixes if other != prefix), **kwargs), told)
 
     prefixes = _own_prefixes(whole)
     for prefix in prefixes:
         own = {k[len(prefix):]: v for k, v in whole.items() if k.startswith(prefix) and _NATIVE.match(k, len(prefix))}
-        yield native(own, len(weights) - len(own), given=not prefix, prefix=prefix, prefixes=prefixes)
+        names: Dict[str, FrozenSet[str]] = {k: frozenset((prefix + k,)) for k in own}
+        yield native(own, origins=names.copy, given=not prefix, prefix=prefix, prefixes=prefixes)
     try:
         if convert is not None and not isinstance(getattr(convert, '__self__', None), Naming) and network is not None:
             own = convert(dict(whole), network)
             if any(k not in whole for k in own):
-                yield native(own, 0)
+                yield native(own)
         first = getattr(convert, '__self__', None)
         for naming in sorted(_NAMINGS, key=lambda naming: naming is not first):
             prefixes = naming.prefixes(weights)
             for prefix in prefixes:
                 # Blocks within a network may have names like a network's.
                 others = [other for other in prefixes if not other.startswith(prefix)]
-                yield native(*naming.rename_behind(weights, prefix), naming, prefix=prefix, prefixes=others)
+                origins = functools.partial(_origins, shapes, naming, prefix)
+                yield native(
+                    naming.rename_behind(weights, prefix), naming=naming, origins=origins, prefix=prefix,
+                    prefixes=others)
     except CheckpointError as error:
         message = str(error)
         raise error if message.startswith(origin) else CheckpointError(f'{origin}: {message}') from error

@@ -1,5 +1,6 @@
 """Necks: equal to the references' from the frameworks' own files, and at home on any backbone."""
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -186,3 +187,34 @@ def test_a_file_without_a_neck(tmp_path):
     plain = pyramid('cspnet_rtmdet_nano', file)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(model(x)[:2], plain(x)[:2]))
+
+
+@pytest.mark.parametrize('fixture', ['yolov8n', 'rtmdet_nano', 'yolox_nano', 'ppyoloe_plus_t'])
+@pytest.mark.parametrize('suffix', ['', '_pan'])
+def test_what_is_left_out_is_counted_as_the_file_has_it(fixture, suffix, caplog):
+    """Of the file's own tensors, whatever becomes of one: cut in two, folded into another."""
+    _, state_dict, *_ = load_fixture(f'neck_{fixture}')
+    backbone = {k for k in state_dict if not re.match(
+        r'neck\.|backbone\.(lateral|reduce|bu|C3)_|model\.(1[2-9]|2\d)\.', k)}
+    whole = {**state_dict, **heads(fixture)}
+    model = timm.create_model(f'cspnet_{fixture}{suffix}', num_classes=0)
+    with caplog.at_level(logging.INFO, 'cspnet_timm'):
+        model.load_state_dict(whole)
+    taken = set(state_dict) if suffix else backbone
+    assert f'{len(whole) - len(taken)} tensors of neck, head and training were left out' in caplog.text
+
+
+def test_tensors_of_another_neck_are_too_many():
+    _, state_dict, *_ = load_fixture('neck_rtmdet_nano')
+    more = {k.replace('.out_convs.2.', '.out_convs.3.'): v for k, v in state_dict.items() if '.out_convs.2.' in k}
+    model = timm.create_model('cspnet_rtmdet_nano_pan', num_classes=0)
+    with pytest.raises(CheckpointError, match=r'holds cspnet_rtmdet_nano with another neck than .*10 tensors are too'):
+        model.load_state_dict({**state_dict, **more})
+    extractor = timm.create_model('cspnet_rtmdet_nano_pan', features_only=True, out_indices=(3,))
+    extractor.load_state_dict(state_dict)  # of which it needs a part
+    with pytest.raises(CheckpointError, match='10 tensors are too many'):
+        extractor.load_state_dict({**state_dict, **more})
+    fewer = {k: v for k, v in state_dict.items() if '.out_convs.' not in k}
+    with pytest.raises(CheckpointError, match=r'holds cspnet_rtmdet_nano and a part of the neck of .*30 tensors'):
+        model.load_state_dict(fewer)
+    model.load_state_dict(fewer, strict=False)

@@ -123,7 +123,7 @@ def _rename_neck(own: StateDict) -> StateDict:
         alpha, conv = out.pop(key), key.removesuffix('.alpha')
         for name in ('weight', 'bias'):
             branch = next((k for k in (f'{conv}.conv2.bn.{name}', f'{conv}.rbr_1x1.bn.{name}') if k in out), None)
-            if branch is not None and not alpha.is_meta and alpha.any():
+            if branch is not None and (alpha.is_meta or alpha.any()):
                 out[branch] = out[branch] * alpha
     for key, value in out.items():
         if key.endswith('.merge.conv.weight') and value.ndim == 4:  # the reference concatenates [bypass, blocks]
