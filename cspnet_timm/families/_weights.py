@@ -5,7 +5,6 @@ searching for it. :func:`describe_weights` makes timm's default configs of the e
 for in :data:`WEIGHTS`.
 """
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Dict, Sequence, Tuple, Union
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -133,28 +132,23 @@ def _timm_fields(sources: Sequence[Source]) -> Dict[str, Any]:
     return fields
 
 
-def with_pan(
-        cfgs: Dict[str, Dict[str, Any]],
-        but: Sequence[str] = (),
-        also: Sequence[str] = (),
-) -> Dict[str, Dict[str, Any]]:
+def with_pan(cfgs: Dict[str, Dict[str, Any]], names: Sequence[str]) -> Dict[str, Dict[str, Any]]:
     """Add the configs of the networks with a neck: the detectors' files hold both, so they are the same.
 
     Args:
         cfgs: Config by 'architecture.tag', as :func:`describe_weights` takes it.
-        but: Patterns of tags, or of 'architecture.tag', of detectors that have another neck or belong to another model.
-        also: Likewise of those that have the neck, though their task is no detector's.
+        names: 'architecture_pan.tag' of each that has the file of 'architecture.tag', written out to be found by grep.
 
     Returns:
-        The same, and for each whose task is a detector's a copy by 'architecture_pan.tag'.
-    """
-    def has_neck(name: str) -> bool:
-        def listed(patterns: Sequence[str]) -> bool:
-            return any(fnmatchcase(n, pattern) for n in (name, name.partition('.')[2]) for pattern in patterns)
-        info = cfgs[name].get('info') or {}
-        return listed(also) or (info.get('task') in (DETECTION, SEGMENTATION, ROTATED) and not listed(but))
+        The same, and the configs by these names.
 
-    return {**cfgs, **{name.replace('.', '_pan.', 1): cfg for name, cfg in cfgs.items() if has_neck(name)}}
+    Raises:
+        ValueError: If there is no such file.
+    """
+    wrong = [name for name in names if '_pan.' not in name or name.replace('_pan.', '.', 1) not in cfgs]
+    if wrong or len(set(names)) < len(names):
+        raise ValueError(f'{wrong or names}: each is to be a model in _pan with a tag of the model without, once.')
+    return {**cfgs, **{name: cfgs[name.replace('_pan.', '.', 1)] for name in names}}
 
 
 def describe_weights(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:

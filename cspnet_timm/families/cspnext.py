@@ -515,7 +515,17 @@ default_cfgs = describe_weights(with_pan({
         'https://github.com/orange0-jp/orange-weights/releases/download/v0.1.0rtmdet-p6/'
         'rtmdet_x_p6_4xb8-300e_coco-bf32be58.pth',
         license=_ORANGE, source='orange0-jp', size=1280, stride=64, ap=54.9),
-}))
+}, (
+    'cspnet_rtmdet_nano_pan.coco_obj365_person', 'cspnet_rtmdet_nano_pan.hand',
+    'cspnet_rtmdet_m_pan.coco_obj365_person', 'cspnet_rtmdet_tiny_pan.humanart', 'cspnet_rtmdet_s_pan.humanart',
+    'cspnet_rtmdet_tiny_pan.coco', 'cspnet_rtmdet_s_pan.coco', 'cspnet_rtmdet_m_pan.coco', 'cspnet_rtmdet_l_pan.coco',
+    'cspnet_rtmdet_x_pan.coco', 'cspnet_rtmdet_tiny_pan.coco_ins', 'cspnet_rtmdet_s_pan.coco_ins',
+    'cspnet_rtmdet_m_pan.coco_ins', 'cspnet_rtmdet_l_pan.coco_ins', 'cspnet_rtmdet_x_pan.coco_ins',
+    'cspnet_rtmdet_tiny_pan.dota', 'cspnet_rtmdet_s_pan.dota', 'cspnet_rtmdet_m_pan.dota', 'cspnet_rtmdet_l_pan.dota',
+    'cspnet_rtmdet_l_pan.dota_100e', 'cspnet_rtmdet_tiny_pan.dota_ms', 'cspnet_rtmdet_s_pan.dota_ms',
+    'cspnet_rtmdet_m_pan.dota_ms', 'cspnet_rtmdet_l_pan.dota_ms', 'cspnet_rtmdet_l_pan.coco_dota_ms',
+    'cspnet_rtmdet_tiny_pan.hrsc', 'cspnet_rtmdet_x_p6_pan.coco',
+)))
 
 
 @register_model

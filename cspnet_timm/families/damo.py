@@ -199,7 +199,9 @@ _CFG = default_cfg(
 default_cfgs = describe_weights(with_pan({
     'cspnet_damo_m.untrained': _CFG,
     'cspnet_damo_l.untrained': _CFG,
-}, also=('untrained',)))
+}, (
+    'cspnet_damo_m_pan.untrained', 'cspnet_damo_l_pan.untrained',
+)))
 
 
 @register_model

@@ -194,7 +194,9 @@ default_cfgs = describe_weights(with_pan({
         [by_hand('https://github.com/AlexeyAB/darknet',
                  filename='csresnext50-panet-spp-original-optimal_final.weights')],
         letterbox=False, size=608, ap=43.2, ap50=65.4, first_conv='stem.conv'),
-}, but=('cspnet_darknet53_mish.coco',)))  # whose neck is cspnet_yolov4_pan's
+}, (
+    'cspnet_resnext50_pan.coco',
+)))  # the neck behind cspnet_darknet53_mish is that of cspnet_yolov4_pan
 
 
 @register_model

@@ -308,7 +308,19 @@ default_cfgs = describe_weights(with_pan({
         'ppyoloe_plus_crn_m_80e_obj365_pretrained_pcb', 52.7, True, 'Objects365, then PKU-Market-PCB, circuit boards'),
     'cspnet_ppyoloe_plus_m.coco_pcb': _application(
         'ppyoloe_plus_crn_m_80e_coco_pretrained_pcb', 52.4, True, 'COCO, then PKU-Market-PCB, circuit boards'),
-}, but=('*_sod*', '*_p2*')))
+}, (
+    'cspnet_ppyoloe_s_pan.coco', 'cspnet_ppyoloe_m_pan.coco', 'cspnet_ppyoloe_l_pan.coco', 'cspnet_ppyoloe_x_pan.coco',
+    'cspnet_ppyoloe_s_pan.coco_400e', 'cspnet_ppyoloe_plus_s_pan.obj365', 'cspnet_ppyoloe_plus_m_pan.obj365',
+    'cspnet_ppyoloe_plus_l_pan.obj365', 'cspnet_ppyoloe_plus_x_pan.obj365', 'cspnet_ppyoloe_plus_t_pan.coco',
+    'cspnet_ppyoloe_plus_s_pan.coco', 'cspnet_ppyoloe_plus_m_pan.coco', 'cspnet_ppyoloe_plus_l_pan.coco',
+    'cspnet_ppyoloe_plus_x_pan.coco', 'cspnet_ppyoloe_plus_m_pan.coco_distill',
+    'cspnet_ppyoloe_plus_l_pan.coco_distill', 'cspnet_ppyoloe_s_pan.visdrone', 'cspnet_ppyoloe_l_pan.visdrone',
+    'cspnet_ppyoloe_plus_l_pan.visdrone_alpha_1920', 'cspnet_ppyoloe_plus_l_pan.visdrone_1920',
+    'cspnet_ppyoloe_l_pan.visdrone_sliced', 'cspnet_ppyoloe_m_pan.wgisd', 'cspnet_ppyoloe_m_pan.exdark',
+    'cspnet_ppyoloe_m_pan.pcb', 'cspnet_ppyoloe_plus_m_pan.obj365_wgisd', 'cspnet_ppyoloe_plus_m_pan.coco_wgisd',
+    'cspnet_ppyoloe_plus_m_pan.obj365_exdark', 'cspnet_ppyoloe_plus_m_pan.coco_exdark',
+    'cspnet_ppyoloe_plus_m_pan.obj365_pcb', 'cspnet_ppyoloe_plus_m_pan.coco_pcb',
+)))
 
 
 @register_model

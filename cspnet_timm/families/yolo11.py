@@ -162,7 +162,10 @@ default_cfgs = describe_weights(with_pan({
     'cspnet_yolo11m_cls.in1k': classifier_cfg(f'{_URL}/yolo11m-cls.pt', 77.3, 93.9),
     'cspnet_yolo11l_cls.in1k': classifier_cfg(f'{_URL}/yolo11l-cls.pt', 78.3, 94.3),
     'cspnet_yolo11x_cls.in1k': classifier_cfg(f'{_URL}/yolo11x-cls.pt', 79.5, 94.9),
-}))
+}, (
+    'cspnet_yolo11n_pan.coco', 'cspnet_yolo11s_pan.coco', 'cspnet_yolo11m_pan.coco', 'cspnet_yolo11l_pan.coco',
+    'cspnet_yolo11x_pan.coco',
+)))
 
 
 @register_model

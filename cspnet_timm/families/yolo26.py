@@ -57,7 +57,10 @@ default_cfgs = describe_weights(with_pan({
     'cspnet_yolo26m_cls.in1k': classifier_cfg(f'{_URL}/yolo26m-cls.pt', 78.1, 94.2),
     'cspnet_yolo26l_cls.in1k': classifier_cfg(f'{_URL}/yolo26l-cls.pt', 79.0, 94.6),
     'cspnet_yolo26x_cls.in1k': classifier_cfg(f'{_URL}/yolo26x-cls.pt', 79.9, 95.0),
-}))
+}, (
+    'cspnet_yolo26n_pan.coco', 'cspnet_yolo26s_pan.coco', 'cspnet_yolo26m_pan.coco', 'cspnet_yolo26l_pan.coco',
+    'cspnet_yolo26x_pan.coco',
+)))
 
 
 @register_model

@@ -316,7 +316,11 @@ default_cfgs = describe_weights(with_pan({
     'cspnet_yolov4_csp_x_swish.coco': _cfg('yolov4-csp-x-swish', 399_388_168, size=640, ap=51.5, ap50=69.9),
     'cspnet_yolov4_p5.coco': _cfg('yolov4-p5', 283_669_892, size=896, ap=51.6, ap50=70.0),
     'cspnet_yolov4_p6.coco': _cfg('yolov4-p6', 510_868_180, size=1280, stride=64, ap=54.0, ap50=72.1),
-}))
+}, (
+    'cspnet_yolov4_pan.coco', 'cspnet_yolov4_tiny_pan.coco', 'cspnet_yolov4_csp_pan.coco',
+    'cspnet_yolov4_csp_swish_pan.coco', 'cspnet_yolov4_x_mish_pan.coco', 'cspnet_yolov4_csp_x_swish_pan.coco',
+    'cspnet_yolov4_p5_pan.coco', 'cspnet_yolov4_p6_pan.coco',
+)))
 
 
 @register_model

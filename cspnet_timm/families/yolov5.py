@@ -67,7 +67,10 @@ default_cfgs = describe_weights(with_pan({
     'cspnet_yolov5m_cls.in1k': classifier_cfg(f'{_URL}/yolov5m-cls.pt', 75.9, 92.9, imagenet_norm=True),
     'cspnet_yolov5l_cls.in1k': classifier_cfg(f'{_URL}/yolov5l-cls.pt', 78.0, 94.0, imagenet_norm=True),
     'cspnet_yolov5x_cls.in1k': classifier_cfg(f'{_URL}/yolov5x-cls.pt', 79.0, 94.4, imagenet_norm=True),
-}))
+}, (
+    'cspnet_yolov5n_pan.coco', 'cspnet_yolov5s_pan.coco', 'cspnet_yolov5m_pan.coco', 'cspnet_yolov5l_pan.coco',
+    'cspnet_yolov5x_pan.coco',
+)))
 
 
 @register_model

@@ -70,7 +70,10 @@ default_cfgs = describe_weights(with_pan({
     'cspnet_yolov8m_cls.in1k': classifier_cfg(f'{_URL}/yolov8m-cls.pt', 76.8, 93.5),
     'cspnet_yolov8l_cls.in1k': classifier_cfg(f'{_URL}/yolov8l-cls.pt', 78.3, 94.2),
     'cspnet_yolov8x_cls.in1k': classifier_cfg(f'{_URL}/yolov8x-cls.pt', 79.0, 94.6),
-}))
+}, (
+    'cspnet_yolov8n_pan.coco', 'cspnet_yolov8s_pan.coco', 'cspnet_yolov8m_pan.coco', 'cspnet_yolov8l_pan.coco',
+    'cspnet_yolov8x_pan.coco',
+)))
 
 
 @register_model

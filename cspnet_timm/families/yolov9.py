@@ -343,7 +343,9 @@ default_cfgs = describe_weights(with_pan({
     'cspnet_yolov9c.coco': _cfg('v9-c', 53.0, 'MultimediaTechLab/YOLO, docs', 102_895_262),
     'cspnet_yolov9c_cls.untrained': default_cfg(
         mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='lanczos', license='mit', **_PAPER),
-}))
+}, (
+    'cspnet_yolov9t_pan.coco', 'cspnet_yolov9s_pan.coco', 'cspnet_yolov9m_pan.coco', 'cspnet_yolov9c_pan.coco',
+)))
 
 
 @register_model

@@ -240,7 +240,15 @@ default_cfgs = describe_weights(with_pan({
     'cspnet_yolox_l.rtmo_body7_crowdpose': _pose(
         'rtmo-l_16xb16-700e_body7-crowdpose-640x640-5bafdc11_20231219', 640, f'{_BODY7}, then CrowdPose',
         keypoint_ap=83.8),
-}, also=('pose_coco',)))
+}, (
+    'cspnet_yolox_nano_pan.coco', 'cspnet_yolox_tiny_pan.coco', 'cspnet_yolox_s_pan.coco', 'cspnet_yolox_m_pan.coco',
+    'cspnet_yolox_l_pan.coco', 'cspnet_yolox_x_pan.coco', 'cspnet_yolox_tiny_pan.mmdet_coco',
+    'cspnet_yolox_s_pan.mmdet_coco', 'cspnet_yolox_l_pan.mmdet_coco', 'cspnet_yolox_x_pan.mmdet_coco',
+    'cspnet_yolox_nano_pan.humanart', 'cspnet_yolox_tiny_pan.humanart', 'cspnet_yolox_s_pan.humanart',
+    'cspnet_yolox_m_pan.humanart', 'cspnet_yolox_l_pan.humanart', 'cspnet_yolox_x_pan.humanart',
+    'cspnet_yolox_tiny_pan.pose_coco', 'cspnet_yolox_s_pan.pose_coco', 'cspnet_yolox_m_pan.pose_coco',
+    'cspnet_yolox_l_pan.pose_coco',
+)))
 
 
 @register_model
