@@ -167,6 +167,10 @@ def _convert(args: argparse.Namespace) -> None:
     if done.model != done.preprocessing:
         of = f' with the weights of your file, preprocessing of {done.preprocessing}'
     print(f'{done.model}{of}, licence {done.license}: loaded again and compared, relative distance {done.distance:.1e}')
+    if done.with_neck:
+        print(f'The neck of the file was left out: --model {" or ".join(done.with_neck)} takes it as well.')
+    elif done.model.partition('.')[0].endswith('_pan'):
+        print('With neck: the maps of the detector\'s pyramid.')
     print(f'{done.directory}: timm.create_model(\'local-dir:{done.directory}\', pretrained=True)')
     if done.url:
         print(done.url)

@@ -42,6 +42,7 @@ class Conversion:
         license: Licence that the model card states.
         distance: Largest relative distance between the outputs of what was converted and of what was loaded again.
         url: Where it was pushed to, '' if it was not.
+        with_neck: Models that take the neck of the file as well, if the one converted to has none.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Conversion:
     license: str
     distance: float
     url: str = ''
+    with_neck: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -268,11 +270,13 @@ def convert(
         # A classifier's length tells its classes; nothing of a detector's file is a classifier.
         told = next((match.num_classes for match in matches if match.network == split_model_name_tag(name)[0]), None)
         target = _Target(name, told if num_classes is None else num_classes)
+        necks = [match.with_neck for match in matches if match.with_neck and match.network == name]
     else:
         with checkpoint:
             found, implied, labels = checkpoint.summary(), checkpoint.license, checkpoint.labels
             native, names = _natives(checkpoint)
             target = _target(path, model or _choose(path, names, found), native, num_classes)
+            necks = [] if native is None else with_neck(native)
     name = _choose_tag(target.name, path, target.num_classes)
     sha256 = _sha256(path)
     terms = _license(name, license, implied, path)
@@ -298,7 +302,8 @@ def convert(
     if repo_id is not None:
         url = str(hub.push(converted, repo_id, about).commit_url)
     called = name if published else split_model_name_tag(name)[0]
-    return Conversion(called, name, directory, found, sha256, terms['license'], distance, url)
+    others = () if hasattr(converted, 'neck') else tuple(dict.fromkeys(necks))
+    return Conversion(called, name, directory, found, sha256, terms['license'], distance, url, others)
 
 
 def inspect(path: Union[str, Path], tensors: bool = False) -> List[str]:

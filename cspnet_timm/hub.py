@@ -209,6 +209,11 @@ class _Export:
         args = {k: v for k, v in self.args.items() if k not in ('num_classes', 'in_chans', 'global_pool')}
         if args:
             details['Arguments'] = ', '.join(f'`{k}={v!r}`' for k, v in args.items())
+        neck: Any = getattr(self.model, 'neck', None)
+        if neck is not None:
+            maps = self.model.feature_info[-neck.num_levels:]
+            strides, chs = (', '.join(str(info[key]) for info in maps) for key in ('reduction', 'num_chs'))
+            details['Neck'] = f'the maps at strides {strides} come from behind it, with {chs} channels'
         details['Parameters'] = f'{sum(p.numel() for p in self.model.parameters()):,}'
         details['Input'] = f'{self.model.in_chans} channels, trained and evaluated as `config.json` says'
         if self.model.num_classes:
@@ -227,7 +232,10 @@ class _Export:
         return {
             **self._license(),
             'tags': [self.task, 'timm', _DISTRIBUTION],
-            'description': f'`{self.architecture}`, a Cross Stage Partial (CSP) backbone of `{_DISTRIBUTION}`.',
+            'description': (
+                f'`{self.architecture}`, a Cross Stage Partial (CSP) backbone '
+                f'{"with neck " if neck is not None else ""}of `{_DISTRIBUTION}`.'
+            ),
             'details': details,
             'usage': self._usage(repo_id),
             **(self.about.card or {}),

@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 from safetensors import safe_open
 
-from cspnet_timm import BottomUp, CrossStage, PathAggregation, TopDown
+from cspnet_timm import BottomUp, CrossStage, PathAggregation, TopDown, cli
 from cspnet_timm.checkpoints import CheckpointError
-from cspnet_timm.conversion import convert, inspect
+from cspnet_timm.conversion import inspect
 from cspnet_timm.fitting import candidates
 from tests import foreign
 from tests.parity import FOLDER, load_fixture
@@ -167,13 +167,23 @@ def test_an_extractor_has_no_parameter_that_its_maps_do_not_need(out_indices):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_inspect_and_convert_name_the_neck(tmp_path):
+def test_inspect_convert_and_the_card_name_the_neck(tmp_path, capsys):
     info, state_dict, *_ = load_fixture('neck_yolov8n')
     file = write('yolov8n', tmp_path, {**state_dict, **heads('yolov8n')}, info)
     lines = inspect(file)
     assert 'model: cspnet_yolov8n' in lines and 'with neck: cspnet_yolov8n_pan' in lines
-    done = convert(file, tmp_path / 'out', model='cspnet_yolov8n_pan')
-    assert done.model.startswith('cspnet_yolov8n_pan') and done.distance < 1e-6
+    assert cli.main(['convert', str(file), '--out', str(tmp_path / 'plain')]) == 0
+    assert 'The neck of the file was left out: --model cspnet_yolov8n_pan takes it' in capsys.readouterr().out
+    assert cli.main(['convert', str(file), '--out', str(tmp_path / 'neck'), '--model', 'cspnet_yolov8n_pan']) == 0
+    out = capsys.readouterr().out
+    assert 'cspnet_yolov8n_pan' in out and 'With neck' in out and 'left out' not in out
+    card = (tmp_path / 'neck' / 'README.md').read_text()
+    assert 'a Cross Stage Partial (CSP) backbone with neck' in card
+    assert '**Neck:** the maps at strides 8, 16, 32 come from behind it, with 64, 128, 256 channels' in card
+    assert 'neck' not in (tmp_path / 'plain' / 'README.md').read_text().lower()
+    model = timm.create_model(f'local-dir:{tmp_path / "neck"}', pretrained=True, features_only=True)
+    assert model.feature_info.channels() == [16, 32, 64, 128, 256]
+    assert torch.equal(model.model.neck.bottom_up[1].down.conv.weight, state_dict['model.19.conv.weight'])
     # A neck tells YOLO26 from YOLO11, whose backbones have the same tensors.
     assert candidates(load_fixture('neck_yolo26n')[1]) == ['cspnet_yolo26n']
 
