@@ -3,7 +3,8 @@
     python examples/segment.py --output masks.png
 
 It is the U-Net of segmentation-models-pytorch, which takes the backbone by its name, evaluated by the mean intersection
-over union on images that it has not seen.
+over union on images that it has not seen. Of a model whose name ends in ``_pan`` it takes the maps from behind the neck
+from stride 8 on.
 """
 import argparse
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.nn as nn
 from huggingface_hub.utils import tqdm
 from shapes import SHAPES, Scenes, write_images
+from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, random_seed
@@ -109,6 +111,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--model', default='cspnet_nano', help='a model with strides from 2 to 32')
     parser.add_argument('--pretrained', action='store_true', help='start from the backbone\'s released weights')
+    parser.add_argument('--weights', type=Path, help='file of weights to start from, where none are downloaded')
     parser.add_argument('--epochs', type=int, default=12)
     parser.add_argument('--images', type=int, default=600, help='to train on; a quarter as many are held out')
     parser.add_argument('--size', type=int, default=96, help='of the images, on each side, a multiple of 32')
@@ -129,6 +132,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     model = smp.Unet(
         f'tu-{args.model}', encoder_weights='imagenet' if args.pretrained else None, classes=len(CLASSES),
         decoder_channels=(128, 64, 32, 16, 16)).to(args.device)
+    if args.weights:
+        load_checkpoint(model.encoder.model, str(args.weights))
     train(model, loader, args.epochs, args.lr)
     images, found, truth = segment(model, held_out)
     counts = smp.metrics.get_stats(found, truth, mode='multiclass', num_classes=len(CLASSES))

@@ -79,6 +79,7 @@ def images(batch=2, size=64, channels=3):
     *((name, 'DeepLabV3Plus', dict(encoder_output_stride=8)) for name in FEW),
     ('cspnet_nano', 'FPN', {}), ('cspnet_nano', 'DeepLabV3Plus', dict(encoder_output_stride=16)),
     ('cspnet_nano', 'Unet', dict(in_channels=4)),
+    ('cspnet_rtmdet_nano_pan', 'Unet', {}), ('cspnet_yolov4_tiny_pan', 'FPN', {}),
 ], ids=str)
 def test_smp(name, decoder, kwargs):
     import segmentation_models_pytorch as smp
@@ -108,7 +109,7 @@ def timm_backbone_config(name, **kwargs):
 
 
 @needs('transformers')
-@pyramids
+@pytest.mark.parametrize('name', [*FEW, 'cspnet_rtmdet_nano_pan', 'cspnet_damo_m_pan'])
 def test_transformers_backbone(name):
     from transformers import AutoBackbone
 

@@ -149,6 +149,20 @@ def test_detect(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['detect.png']
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('example', ['detect', pytest.param('segment', marks=needs_smp)])
+@pytest.mark.parametrize('name', ['cspnet_yolov8n', 'cspnet_yolov8n_pan'])
+def test_with_a_neck_or_without_it(example, name, examples, tmp_path, capsys):
+    info, state_dict, *_ = load_fixture('neck_yolov8n')
+    file = foreign.write('yolov8n', tmp_path / 'yolov8n.pt', state_dict, info)
+    image = tmp_path / 'found.png'
+    module = examples(example)
+    arguments = ['--model', name, '--images', '8', '--epochs', '1', '--batch-size', '4', '--size', '64', '--output',
+                 str(image)]
+    module.main([*arguments, '--weights', str(file)])
+    assert f'{name}: m' in capsys.readouterr().out and image.exists()
+
+
 def test_detect_with_frozen_batch_norm(examples, tmp_path, capsys):
     detect = examples('detect')
     image = tmp_path / 'new' / 'found.png'
