@@ -1,4 +1,5 @@
 """Necks: equal to the references' from the frameworks' own files, and at home on any backbone."""
+import itertools
 import json
 import logging
 import re
@@ -14,7 +15,7 @@ from cspnet_timm import BottomUp, CrossStage, PathAggregation, TopDown, cli
 from cspnet_timm.checkpoints import CheckpointError
 from cspnet_timm.conversion import inspect
 from cspnet_timm.fitting import candidates
-from tests import foreign
+from tests import foreign, stages  # noqa: F401  registers small networks
 from tests.parity import FOLDER, load_fixture
 from tests.zoo import create, distance
 
@@ -165,6 +166,28 @@ def test_an_extractor_has_no_parameter_that_its_maps_do_not_need(out_indices):
     assert len(expected) == len(out_indices)
     sum(y.square().mean() for y in model.train()(x)).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', [
+    'stages_neck', 'stages_crossing',
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ('cspnet_yolov4_tiny_pan', 'cspnet_yolov9t_pan')),
+])
+def test_extractors_of_any_levels(name):
+    """Of every choice: the maps of the whole network, and no parameter that they do not need."""
+    whole = create(name)
+    state_dict = {f'model.{k}': v for k, v in whole.state_dict().items()}
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        maps = whole.forward_intermediates(x, intermediates_only=True)
+    choices = itertools.chain.from_iterable(
+        itertools.combinations(range(len(maps)), n) for n in range(1, len(maps) + 1))
+    for out_indices in choices:
+        model = timm.create_model(name, features_only=True, out_indices=out_indices)
+        model.load_state_dict(state_dict)
+        with torch.no_grad():
+            assert all(torch.equal(a, maps[i]) for a, i in zip(model.eval()(x), out_indices, strict=True))
+        sum(y.square().mean() for y in model.train()(x)).backward()
+        assert not [k for k, p in model.named_parameters() if p.grad is None], out_indices
 
 
 def test_inspect_convert_and_the_card_name_the_neck(tmp_path, capsys):
