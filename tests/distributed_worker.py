@@ -17,8 +17,12 @@ CLASSES = 5
 
 def create(name, **kwargs):
     torch.manual_seed(0)
-    # In eval mode: batch statistics are of each process, the mean of the gradients is otherwise that of one process.
-    return timm.create_model(name, num_classes=CLASSES, **kwargs).eval()
+    model = timm.create_model(name, num_classes=CLASSES, **kwargs).train()
+    # Batch statistics are of each process, the mean of the gradients is otherwise that of one process.
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return model
 
 
 def batch():

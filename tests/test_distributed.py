@@ -19,8 +19,9 @@ PAGE = Path(__file__).parents[1] / 'docs' / 'many_gpus.md'
 
 pytestmark = pytest.mark.slow
 
-# One code path for all: one network as most are, and one with parameters beside its convolutions.
-SOME = ('cspnet_nano', 'cspnet_ppyoloe_plus_t')
+# One code path for all: one network as most are, one with parameters beside its convolutions, one with maps of a neck
+# that its classifier does not read.
+SOME = ('cspnet_nano', 'cspnet_ppyoloe_plus_t', 'cspnet_yolov4_tiny_pan')
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone')
 
