@@ -41,6 +41,7 @@ class Fit:
         passed_over: What a network may do without: a neck, levels that pruning has removed, a classifier, counters.
         own_classes: Classes of the network's classifier, 0 if it has none.
         in_chans: Channels of the image in the checkpoint and in the network, None if it has no such layer.
+        no_numbers: Types of tensors that are no floating-point numbers, where the network's are.
         folded: Whether the checkpoint's batch norms have been folded into its convolutions.
         eps: Of batch norms that have another epsilon, the checkpoint's and the network's.
         activations: Of layers that end in another activation, the checkpoint's and the network's.
@@ -56,6 +57,7 @@ class Fit:
     passed_over: List[str] = field(default_factory=list)
     own_classes: int = 0
     in_chans: Optional[Tuple[int, int]] = None
+    no_numbers: Dict[str, torch.dtype] = field(default_factory=dict)
     folded: bool = False
     eps: Dict[str, Tuple[float, float]] = field(default_factory=dict)
     activations: Dict[str, Tuple[str, str]] = field(default_factory=dict)
@@ -114,6 +116,12 @@ class Fit:
                 f'{self.native.origin}: {source} ends in {given}, but {layer.rpartition(".")[0]} of the network asked '
                 f'for ends in {own}, so that the weights would give other numbers. The file is of another network'
                 f'{told}, or was built by a version of its framework that had changed that layer.'
+            )
+        if self.no_numbers:
+            dtype = next(iter(self.no_numbers.values()))
+            raise CheckpointError(
+                f'{self.native.origin}: {_some(self.no_numbers, "of a type that holds no weights")} of '
+                f'{str(dtype).partition(".")[2]}: if they were quantised, pass the weights from before that.'
             )
         if not adapts_input and self.in_chans is not None and self.in_chans[0] != self.in_chans[1]:
             raise CheckpointError(
@@ -262,6 +270,9 @@ def fit_native(native: Native, network: nn.Module, name: str = '') -> Fit:
             is_optional = key.partition('.')[0] in optional or key in pruned or key.startswith('head.fc.')
             counts = leaf == _COUNTER or (leaf not in leaves and is_bookkeeping(key, value.ndim))
             (found.passed_over if is_optional or counts else found.unexpected).append(key)
+        elif own[key].is_floating_point() and not value.is_floating_point():
+            found.no_numbers[key] = value.dtype
+            found.tensors[key] = value
         elif key.startswith('head.fc.') and shape != tuple(own[key].shape):
             if shape[1:] != tuple(own[key].shape)[1:]:
                 found.mismatched[key] = shape, tuple(own[key].shape)

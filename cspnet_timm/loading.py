@@ -10,8 +10,9 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
+import torch
 import torch.nn as nn
 from timm.models import _factory, _helpers
 
@@ -154,9 +155,23 @@ def fitted(found: Fit, network: nn.Module, classifier: bool = True) -> Fitted:
     """
     tell_left_out(found)
     tensors = found.state_dict(network)
+    _tell_damage(found.native.origin, tensors)
     if not (classifier and found.has_classifier):
         tensors = {k: v for k, v in tensors.items() if not k.startswith('head.fc.')}
     return Fitted(tensors)
+
+
+def _tell_damage(origin: str, tensors: Dict[str, torch.Tensor]) -> None:
+    """Warn of numbers with which no network computes anything: of a training that diverged, or a damaged file."""
+    broken = [
+        key for key, value in tensors.items()
+        if value.is_floating_point() and not value.is_meta
+        and not (bool(torch.isfinite(value).all()) and (not key.endswith('running_var') or bool((value >= 0).all())))
+    ]
+    if broken:
+        _logger.warning(
+            '%s: %d tensors have numbers that are NaN, infinite, or variances below zero, such as %r: the network will '
+            'give NaN.', origin, len(broken), broken[0])
 
 
 def _load_checkpoint(

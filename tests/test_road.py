@@ -410,6 +410,35 @@ def test_a_frameworks_folded_file_loads_into_a_folded_network():
         torch.testing.assert_close(model.forward_features(x), outputs['stride32'], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize('dtype', (torch.int8, torch.int16, torch.uint8, torch.bool, torch.int64, torch.complex64))
+@pytest.mark.parametrize('all_of_them', (True, False))
+def test_what_is_no_floating_point_number_is_no_weight(own, dtype, all_of_them, tmp_path):
+    """Quantised weights have the right names and shapes."""
+    state_dict = dict(own.state_dict())
+    for key in list(state_dict) if all_of_them else ['layer3.csp.merge.conv.weight']:
+        state_dict[key] = state_dict[key].to(dtype)
+    torch.save(state_dict, path := tmp_path / 'a.pth')
+    model = timm.create_model(OWN, num_classes=3)
+    for load in (partial(from_file, OWN, path, num_classes=3), partial(model.load_state_dict, state_dict),
+                 partial(timm.create_model, OWN, num_classes=3, checkpoint_path=str(path))):
+        with pytest.raises(CheckpointError, match=rf'holds no weights, .*of {str(dtype)[6:]}: if they were quantised'):
+            load()
+
+
+@pytest.mark.parametrize('key, value', [
+    ('stem.conv.weight', float('nan')), ('head.fc.bias', float('inf')), ('layer2.csp.merge.bn.running_var', -1.)])
+def test_a_diverged_training_is_told(own, key, value, tmp_path, caplog):
+    state_dict = {k: v.clone() for k, v in own.state_dict().items()}
+    state_dict[key].view(-1)[-1] = value
+    torch.save(state_dict, path := tmp_path / 'a.pth')
+    from_file(OWN, path, num_classes=3)
+    assert str(path) in caplog.text and f'such as {key!r}' in caplog.text
+    caplog.clear()
+    torch.save(own.state_dict(), path)
+    from_file(OWN, path, num_classes=3)
+    assert 'NaN' not in caplog.text
+
+
 # Memory of one's own
 
 
