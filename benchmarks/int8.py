@@ -231,7 +231,7 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
     libraries = {name: version(name) for name in ('openvino', 'nncf') if importlib.util.find_spec(name) is not None}
     return dict(
         machine=dict(describe(CPU), libraries=libraries, timm=timm.__version__), date=time.strftime('%Y-%m-%d'),
-        command='python benchmarks/int8.py' + ''.join(f' {a}' for a in args.given), size=args.size,
+        command=args.command, size=args.size,
         contrast=args.contrast, seen=args.seen, compared=args.compared, rounds=args.rounds, left_out=left_out,
         base=base, rows=[dict(
             name=row.name, difference=row.difference, milliseconds=statistics.median(t[row.name] for t in times),
@@ -290,7 +290,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--threads', type=int, help='threads that compute (as many as cores)')
     parser.add_argument('--out', type=Path, default=Path('results'), help='folder for the results')
     args = parser.parse_args(argv)
-    args.given = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    for name in ('--out', '--wheel'):  # which change no figure
+        if name in given:
+            del given[given.index(name):given.index(name) + 2]
+    args.command = ' '.join(['python benchmarks/int8.py', *given])
     if min(args.size, args.seen, args.compared, args.rounds, args.threads or 1) < 1:
         parser.error('--size, --seen, --compared, --rounds and --threads must be at least 1')
     if args.size % 32:

@@ -7,6 +7,7 @@ __all__ = ['Observer', 'best_range']
 
 SAMPLES = 1 << 12  # values kept of each map of each batch
 MOST = 1 << 14  # of all batches together
+CLIPPED = 8.  # how much more an error counts that cuts a value off: those of an image come together, and add up
 SHARES = torch.linspace(1., 0.3, 29)  # of a map's largest value that are tried for the last step
 
 
@@ -55,7 +56,7 @@ class Observer:
 
 
 def best_range(values: torch.Tensor, low: float, high: float, symmetric: bool = False) -> Tuple[float, float]:
-    """The range whose 256 steps leave the least squared error, which may clip a few values.
+    """The range whose 256 steps leave the least squared error, which may clip a few values; their errors count more.
 
     Args:
         values: A sample.
@@ -70,8 +71,10 @@ def best_range(values: torch.Tensor, low: float, high: float, symmetric: bool = 
         lows, highs = lows.to(values.device), highs.to(values.device)
         steps = ((highs - lows) / 255).clamp(min=1e-30)[:, None]
         zeros = (-lows[:, None] / steps).round()
-        rounded = (values / steps + zeros).round().clamp(0, 255)
-        k = int(((rounded - zeros) * steps - values).square().mean(dim=1).argmin())
+        rounded = (values / steps + zeros).round()
+        inside = rounded.clamp(0, 255)
+        errors = ((inside - zeros) * steps - values).square()
+        k = int(torch.where(inside == rounded, errors, CLIPPED * errors).mean(dim=1).argmin())
         return float(lows[k]), float(highs[k])
 
     if symmetric and low < 0:
