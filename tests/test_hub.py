@@ -187,7 +187,7 @@ def test_timms_own_push_and_pull(client, repo, tmp_path, name):
     assert client(pull, repo, tmp_path) == pushed
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', [*FAMILIES, 'cspnet_yolov4_tiny_pan'])
 def test_push_and_pull(client, hub, repo, tmp_path, name):
     pushed, commit = client(push, repo, name, data='drawn images')
     files = hub.repos[repo].files(commit)

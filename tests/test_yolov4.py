@@ -204,6 +204,14 @@ def test_sizes_are_those_of_the_facts(name):
     assert eps == {1e-5 if 'yolov4' in name else 1e-6}
 
 
+def test_a_file_with_a_third_level_has_the_neck_of_two(tmp_path, caplog):
+    """Nothing of the third level leads back to the others."""
+    with caplog.at_level(logging.INFO):
+        state_dict = read_foreign(sparse(tmp_path / 'a.weights', 25_336_200), empty(f'{TINY}_pan'))
+    assert state_dict.keys() == {k for k in empty(f'{TINY}_pan').state_dict() if not k.endswith('num_batches_tracked')}
+    assert 'and 4 behind them the neck\'s; 5 others, of neck and head, were left out' in caplog.text
+
+
 def test_the_lengths_of_the_third_level():
     layers, tails = darknet._layers(empty(TINY)), darknet._tails(empty(TINY))
     assert darknet._extents(layers, tails, 25_336_200 - 20)[0].num_classes == 80
