@@ -443,14 +443,15 @@ def deploy(
 def _how_long(pairs: Sequence[Tuple[str, str]], model: nn.Module, seconds: float, limit: float) -> str:
     """What is said before the search begins: what is tried, and about how long it will take."""
     hundreds = max(sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()) / 100, 0.1)
-    each = {name: 2 * seconds + BACKENDS[name].cost * hundreds for name, _ in pairs}
+    each = {
+        (name, precision): 2 * seconds + BACKENDS[name].cost_of(precision) * hundreds for name, precision in pairs}
     longest = max(each, key=each.__getitem__)
     rest = 4 * min(each.values())  # the best one's forms and arrangements
     text = f'{", ".join(f"{name} {precision}" for name, precision in pairs)} to try'
     text += f', about {_round(sum(each.values()) + rest)} in all'
     if len(pairs) > 1:
-        text += f', {_round(each[longest])} of them {longest}'
-    return text + (f'; what takes over {limit:g} s is given up' if any(BACKENDS[n].isolated for n in each) else '')
+        text += f', {_round(each[longest])} of them {" ".join(longest)}'
+    return text + (f'; what takes over {limit:g} s is given up' if any(BACKENDS[n].isolated for n, _ in each) else '')
 
 
 def _round(seconds: float) -> str:

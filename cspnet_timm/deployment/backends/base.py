@@ -87,6 +87,11 @@ class Backend(abc.ABC):
         """The precisions it has on the device."""
 
     @classmethod
+    def cost_of(cls, precision: str) -> float:
+        """Its cost in a precision."""
+        return cls.cost
+
+    @classmethod
     def forms(cls, device: torch.device) -> Tuple[str, ...]:
         """The forms of a network that are cheap and promising enough to be tried on the device."""
         return ()

@@ -38,6 +38,11 @@ class Native(Backend):
         return ('bfloat16', 'int8') if native.has_bfloat16() else ('int8',)
 
     @classmethod
+    def cost_of(cls, precision: str) -> float:
+        """In int8 weights are fitted."""
+        return 20. if precision == 'int8' else cls.cost
+
+    @classmethod
     def convert(
             cls,
             model: nn.Module,
