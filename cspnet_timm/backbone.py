@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -233,7 +233,8 @@ class CspBackbone(TakesAnyNames):
     ``(B, num_classes)``.
     """
 
-    _pruned: FrozenSet[str] = frozenset()  # names of what pruning has removed of the neck
+    # Names of what pruning has removed of the neck. An annotation would be one of TorchScript's, which has no sets.
+    _pruned = frozenset()  # type: Any
 
     def __init__(
             self,
