@@ -338,6 +338,11 @@ def test_corrected():
         expected = model(x)
     errors = [[distance(a, b) for a, b in zip(NativeEngine(p, 1, 'int8')(x), expected)] for p in (plan, better)]
     assert all(b < 0.9 * a for a, b in zip(*errors))
+    for few in ([seen[0][:1]], [seen[0][:3, :, :16, :16]]):  # nothing is fitted to what tells nothing
+        plan = calibrate(lower(model, x[:1], torch.float32), few)
+        plans = plan, correct(plan, few)
+        errors = [[distance(a, b) for a, b in zip(NativeEngine(p, 1, 'int8')(x), expected)] for p in plans]
+        assert all(b < 1.1 * a for a, b in zip(*errors))
     again = Plan.from_bytes(*better.to_bytes())
     for a, b in zip(NativeEngine(again, 2, 'int8')(x), NativeEngine(better, 1, 'int8')(x)):
         assert torch.equal(a, b)

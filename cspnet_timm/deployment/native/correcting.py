@@ -24,6 +24,7 @@ COLUMNS = 1 << 10  # weights of an output channel that are fitted at a time
 MEMORY = 1 << 29  # bytes of the maps that are looked at, in float32
 RIDGES = (0.01, 0.1, 1.)  # of the mean square of what is read, that a fitted weight is held to its old value by
 DAMPING = 0.01  # the same, for the rounding
+ENOUGH = 4  # weights of an output channel to a position, above which there is nothing to fit them to
 HELD_BACK = 4  # one image of so many is not fitted to, but decides by which ridge
 
 Rounding = Callable[[torch.Tensor, int], torch.Tensor]
@@ -127,9 +128,12 @@ def _fit(plan: Plan, i: int, read: Value, inputs: List[torch.Tensor], wanted: Li
     """
     op, weight, bias = plan.operations[i], plan.tensors[f'{i}.weight'].float(), plan.tensors[f'{i}.bias']
     groups, (out, per_group, *kernel) = op['groups'], weight.shape
-    x, y, held = _sample(inputs, wanted, op, per_group * kernel[0] * kernel[1], kernel)
+    x, y, image = _sample(inputs, wanted, op, per_group * kernel[0] * kernel[1], kernel)
     if not bool(x.isfinite().all() and y.isfinite().all()):
         return {}
+    # Few positions say nothing of many weights, which are then rounded to the nearest.
+    enough = len(x) * ENOUGH >= per_group * kernel[0] * kernel[1] and int(image.max()) > 0
+    held = (image % HELD_BACK == 1) & enough
     rows, fitted, found = out // groups, weight.flatten(1).clone(), {}
     if per_group == 1 and groups == out > 1:  # depthwise, whose weights are not rounded
         given = torch.einsum('nct,ct->nc', x, fitted)
@@ -149,6 +153,8 @@ def _fit(plan: Plan, i: int, read: Value, inputs: List[torch.Tensor], wanted: Li
         return found
     error = y - given - bias
     mean = error.mean(0)
+    if int(image.max()) > 0:  # what is in one image goes together
+        error = torch.stack([error[image == k].mean(0) for k in range(int(image.max()) + 1)])
     # No more of the mean than stands out of the noise, of few positions or images.
     noise = error.var(0) / len(error) if len(error) > 1 else mean.square()
     found['bias'] = bias + mean * mean.square() / (mean.square() + noise).clamp(min=1e-30)
@@ -157,12 +163,12 @@ def _fit(plan: Plan, i: int, read: Value, inputs: List[torch.Tensor], wanted: Li
 
 def _sample(inputs: List[torch.Tensor], wanted: List[torch.Tensor], op: Dict[str, Any], weights: int,
             kernel: Sequence[int]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of some positions what is read ``(N, C, taps)``, what is to be given ``(N, O)``, and which are held back."""
+    """Of some positions what is read ``(N, C, taps)``, what is to be given ``(N, O)``, and of which image they are."""
     generator = torch.Generator().manual_seed(0)
     images = sum(map(len, inputs))
     enough = min(max(ROWS[0] * weights, ROWS[1]), ROWS[2], MEMORY // (16 * weights))
     each = max(enough // images, 1)
-    read, given, held = [], [], []
+    read, given, image = [], [], []
     number = 0
     for x, y in zip(inputs, wanted):
         height, width = y.shape[2:]
@@ -175,9 +181,9 @@ def _sample(inputs: List[torch.Tensor], wanted: List[torch.Tensor], op: Dict[str
                     for ky in range(kernel[0]) for kx in range(kernel[1])]
             read.append(torch.stack(taps).permute(2, 1, 0))
             given.append(y[n].flatten(1)[:, at].T)
-            held.append(torch.full((count,), images > 1 and number % HELD_BACK == 1 % HELD_BACK))
+            image.append(torch.full((count,), number))
             number += 1
-    return torch.cat(read), torch.cat(given), torch.cat(held)
+    return torch.cat(read), torch.cat(given), torch.cat(image)
 
 
 def _fit_group(weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, held: torch.Tensor,
@@ -204,10 +210,21 @@ def _fit_group(weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, held: tor
         if start == 0 and steps is not None:  # of all columns, of which the others will change little
             unit = (torch.cat([new, weight[:, COLUMNS:]], 1) * steps).abs().amax(1).clamp(min=1e-30) / 127
         rounding = _to_bytes(steps[part], unit) if steps is not None else _to_bfloat16
-        new = _round(new, square if 'rounding' in parts else torch.eye(len(square)), rounding)
+        new = _rounded(new, columns, held if 'rounding' in parts else torch.zeros_like(held), rounding)
         left = left - columns @ (new - old).T
         weight[:, part] = new
     return weight, unit
+
+
+def _rounded(weight: torch.Tensor, x: torch.Tensor, held: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    """Weights ``(O, K)`` rounded, each output channel so as is better on what was held back."""
+    nearest = torch.stack([rounding(weight[:, k], k) for k in range(weight.shape[1])], 1)
+    if not bool(held.any()):
+        return nearest
+    fit = x[~held]
+    ordered = _round(weight, fit.T @ fit / len(fit), rounding)
+    lost = [(x[held] @ (found - weight).T).square().sum(0) for found in (ordered, nearest)]
+    return torch.where((lost[0] < lost[1])[:, None], ordered, nearest)
 
 
 def _step(x: torch.Tensor, left: torch.Tensor, held: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
