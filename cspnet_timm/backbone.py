@@ -605,6 +605,9 @@ def _check_pooling(num_classes: int, global_pool: str) -> None:
         )
 
 
+_SHAPE_KEEPING = frozenset((F.batch_norm, F.mish, F.silu, F.relu, F.leaky_relu, F.hardswish))
+
+
 class _ShapesAlone(TorchFunctionMode):
     """Leaves out what changes no shape and takes nearly all the time on the meta device, where it is decomposed."""
 
@@ -615,7 +618,11 @@ class _ShapesAlone(TorchFunctionMode):
             args: Tuple[Any, ...] = (),
             kwargs: Optional[Dict[str, Any]] = None,
     ) -> Any:
-        return args[0] if func in (F.batch_norm, F.mish) else func(*args, **(kwargs or {}))
+        if func in _SHAPE_KEEPING:
+            return args[0]
+        if func is torch.Tensor.add and isinstance(args[1], torch.Tensor) and args[0].shape == args[1].shape:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _check_level(name: str, level: Level, args: LevelArgs, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -624,9 +631,12 @@ def _check_level(name: str, level: Level, args: LevelArgs, module: nn.Module, x:
     if unused:
         raise ValueError(
             f'{name}: Level(depth={level.depth}) has residual blocks that it does not build: {sorted(unused)}.')
-    tensors = {key: torch.empty_like(value, device='meta') for key, value in module.state_dict(keep_vars=True).items()}
+    tensors = {
+        key: torch.empty_like(value, device='meta')
+        for key, value in module.state_dict(keep_vars=True).items() if not value.is_meta}
+    module.eval()
     with torch.no_grad(), _ShapesAlone():
-        y = torch.func.functional_call(module.eval(), tensors, (x,))
+        y = torch.func.functional_call(module, tensors, (x,)) if tensors else module(x)
     module.train()
     expected = (1, level.out_chs, *(-(-side // args.stride) for side in x.shape[2:]))
     if tuple(y.shape) != expected:

@@ -17,7 +17,8 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize('ours, theirs', PAIRS.items())
+@pytest.mark.parametrize('ours, theirs', [
+    pytest.param(*pair, marks=pytest.mark.slow) if pair[0].endswith('large') else pair for pair in PAIRS.items()])
 def test_holds_timms_weights(ours, theirs, tmp_path):
     reference = create(theirs)
     path = tmp_path / 'timm.pth'

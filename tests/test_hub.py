@@ -16,7 +16,7 @@ import torch
 
 import cspnet_timm
 from tests.hub_server import OWNER, READER, Hub
-from tests.samples import FAMILIES
+from tests.samples import FAMILIES, FEW
 
 SMALL = dict(num_classes=5, in_chans=3)
 
@@ -181,13 +181,16 @@ def verify(repo, cache):
 
 # Round trips
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', FEW)
 def test_timms_own_push_and_pull(client, repo, tmp_path, name):
     pushed = client(push_by_timm, repo, name)
     assert client(pull, repo, tmp_path) == pushed
 
 
-@pytest.mark.parametrize('name', [*FAMILIES, 'cspnet_yolov4_tiny_pan'])
+@pytest.mark.parametrize('name', [
+    *FEW, 'cspnet_yolov4_tiny_pan',
+    *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in FEW),
+])
 def test_push_and_pull(client, hub, repo, tmp_path, name):
     pushed, commit = client(push, repo, name, data='drawn images')
     files = hub.repos[repo].files(commit)
@@ -487,7 +490,7 @@ def test_labels_that_do_not_fit(names, reason):
 
 # Folders
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', FEW)
 def test_save_and_load_from_a_folder(tmp_path, name):
     model = make(name)
     folder = cspnet_timm.hub.save(model, tmp_path / 'new' / 'model', license='mit', label_names=list('abcde'))

@@ -28,6 +28,7 @@ def image(batch=2, size=(SIZE, SIZE)):
     return torch.randn(batch, 3, *size)
 
 
+@fast_with('stages_detectors', 'stages_paper')
 @pytest.mark.parametrize('features', [False, True])
 def test_torchscript(build, features):
     model = build(features_only=features, scriptable=True)
