@@ -68,6 +68,7 @@ def test_fx(build):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('network', NETWORKS)
 def test_compile(build):
     model = build()
     torch._dynamo.reset()  # all models share one forward, and the number of its versions is limited
@@ -78,7 +79,8 @@ def test_compile(build):
             assert distance(compiled(x), model(x)) < 1e-5
 
 
-@fast_with('stages_detectors')
+@pytest.mark.parametrize('network', [
+    'stages_detectors', *(pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS if n != 'stages_detectors')])
 def test_compile_for_training(build):
     """The second batch size makes the graph dynamic, and no other compiles again."""
     model = build(num_classes=10).train()
@@ -122,6 +124,7 @@ def test_export(build):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('network', NETWORKS)
 def test_onnx(build, tmp_path):
     import onnxruntime
 

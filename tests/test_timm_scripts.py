@@ -89,7 +89,7 @@ def train(folder, model, experiment, *options, launcher=(), epochs=1):
 
 
 def results(log):
-    return json.loads(log[log.index('--result') + len('--result'):][:log[log.index('--result'):].rindex('}') - 7])
+    return json.JSONDecoder().raw_decode(log.partition('--result')[2].lstrip())[0]
 
 
 @pytest.fixture(scope='module')
