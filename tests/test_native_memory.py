@@ -168,7 +168,7 @@ def test_guarded_memory(tmp_path, level):
 
 @runs_here
 @pytest.mark.slow
-@pytest.mark.parametrize('level', [*LEVELS][-1:])  # a minute and a half each: of the others after a change to the engine
+@pytest.mark.parametrize('level', [*LEVELS][-1:])  # a minute and more each: of all after a change of the engine
 def test_sanitizers(tmp_path, level):
     """AddressSanitizer and UndefinedBehaviorSanitizer have nothing to say."""
     if shutil.which('g++') is None:
