@@ -221,7 +221,9 @@ def test_whoever_stops_the_command_sees_one_line():
         f'{sys.executable} -m cspnet_timm list | head -1', shell=True, capture_output=True, text=True)
     assert pipe.stdout.startswith('model ') and not pipe.stderr
     for library in ('libtorch', 'torchvision'):  # while torch is being imported, and while timm is
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(  # a shell may have this process and its children ignore interrupts
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while library not in Path(f'/proc/{process.pid}/maps').read_text():
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)

@@ -30,7 +30,8 @@ def write(fixture, folder, legacy=False):
     return foreign.write(fixture, path, state_dict, info, legacy), x, outputs
 
 
-@pytest.mark.parametrize('fixture', NETWORKS)
+@pytest.mark.parametrize('fixture', [
+    pytest.param(name, marks=pytest.mark.slow) if i % 3 else name for i, name in enumerate(NETWORKS)])
 def test_convert_recognises_and_keeps_parity(fixture, tmp_path):
     path, x, outputs = write(fixture, tmp_path, legacy=True)
     done = conversion.convert(path, tmp_path / 'out')
@@ -46,8 +47,9 @@ def test_convert_recognises_and_keeps_parity(fixture, tmp_path):
 @pytest.mark.parametrize('fixture, name, others', [
     ('darknet_csmobilenet-v2', 'cspnet_mobilenetv2', ()),
     # leaky, ReLU and Mish activations leave no trace in a file: the user has to say which it is
-    ('darknet_csresnet50', 'cspnet_resnet50', ('cspnet_resnet50_mish',)),
-    ('darknet_csdarknet53-omega', 'cspnet_darknet53_mish', ('cspnet_darknet53',)),
+    pytest.param('darknet_csresnet50', 'cspnet_resnet50', ('cspnet_resnet50_mish',), marks=pytest.mark.slow),
+    pytest.param(
+        'darknet_csdarknet53-omega', 'cspnet_darknet53_mish', ('cspnet_darknet53',), marks=pytest.mark.slow),
 ])
 def test_darknet(fixture, name, others, tmp_path):
     path, x, outputs = write(fixture, tmp_path)

@@ -24,7 +24,7 @@ from cspnet_timm.deployment.native.calibrate import evaluate
 from cspnet_timm.deployment.native.tuning import Tuning
 
 from .stages import NETWORKS
-from .zoo import create, distance, randomize
+from .zoo import create, distance, fast_with, randomize
 
 WHY_NOT = unavailable()
 runs_here = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -83,6 +83,7 @@ def check_bytes(model, x, plan, bound=BOUND_8):
 
 
 @runs_here
+@fast_with('stages_detectors', 'stages_paper', 'stages_attention')
 def test_every_stage(network, build):
     model = reparameterize_model(build())
     x = images(2, 3, 64, 96)
@@ -112,7 +113,10 @@ def test_unsupported_are_known():
 
 
 @runs_here
-@pytest.mark.parametrize('name', ['cspnet_nano', 'cspnet_rtmdet_nano', 'cspnet_plain_peleenet'])
+@pytest.mark.parametrize('name', [
+    'cspnet_nano', *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        'cspnet_rtmdet_nano', 'cspnet_plain_peleenet')),
+])
 def test_features(name):
     model, x = prepared(name, features_only=True), images(3, 3, 96, 160)
     engine, _ = check(model, x)

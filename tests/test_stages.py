@@ -13,15 +13,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from tests.samples import FEW
 from tests.stages import NETWORKS
-from tests.zoo import NECKS, REPRESENTATIVES, create_short, distance, smallest_of_each_structure, structure
+from tests.zoo import REPRESENTATIVES, create_short, distance, fast_with, smallest_of_each_structure, structure
 
 SIZE = 64
-
-
-def fast_with(*names):
-    """The small networks and a few whole ones, of which all but the named ones are slow."""
-    return pytest.mark.parametrize('network', [
-        name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in (*NETWORKS, *FEW, NECKS[0])])
 
 
 def image(batch=2, size=(SIZE, SIZE)):
@@ -113,7 +107,7 @@ def export(model):
         model, (image(2, EXAMPLE_SIZE),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
 
 
-@fast_with('stages_detectors', 'stages_paper')
+@fast_with('stages_detectors')
 def test_export(build):
     model, x = Everything(build()).eval(), image(*OTHER)
     program = export(model)
