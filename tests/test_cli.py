@@ -228,4 +228,6 @@ def test_whoever_stops_the_command_sees_one_line():
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-        assert (process.returncode, err.splitlines()) == (130, ['cspnet-timm: stopped.']), err
+        assert err.splitlines() == ['cspnet-timm: stopped.'], err
+        # If the signal fell into text that was being executed, Python ends itself by it; a shell says 130 of both.
+        assert process.returncode in (130, -signal.SIGINT)
