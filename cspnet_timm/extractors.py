@@ -15,32 +15,20 @@ __all__ = ['DictFeatures', 'GetterFeatures', 'ListFeatures', 'PyramidFeatures', 
            'network_of']
 
 
-class DictFeatures(TakesAnyNames, FeatureDictNet):
-    """Maps by their number. Input ``(B, in_chans, H, W)``."""
+class _Levels(TakesAnyNames):
+    """Some of a network's levels, which keep what they were built from: files are read by it."""
 
     def __init__(self, model: CspBackbone, *args: Any, **kwargs: Any) -> None:
-        """
-        Args:
-            model: The network.
-            *args: As timm's ``FeatureDictNet`` takes them.
-            **kwargs: Likewise.
-        """
         super().__init__(model, *args, **kwargs)
         self.cfg = model.cfg
 
 
-class ListFeatures(TakesAnyNames, FeatureListNet):
-    """A list of maps. Input ``(B, in_chans, H, W)``."""
+class DictFeatures(_Levels, FeatureDictNet):
+    """Maps by their number, made as timm's ``FeatureDictNet``. Input ``(B, in_chans, H, W)``."""
 
-    def __init__(self, model: CspBackbone, *args: Any, **kwargs: Any) -> None:
-        """
-        Args:
-            model: The network.
-            *args: As timm's ``FeatureListNet`` takes them.
-            **kwargs: Likewise.
-        """
-        super().__init__(model, *args, **kwargs)
-        self.cfg = model.cfg
+
+class ListFeatures(_Levels, FeatureListNet):
+    """A list of maps, made as timm's ``FeatureListNet``. Input ``(B, in_chans, H, W)``."""
 
 
 class GetterFeatures(FeatureGetterNet):
