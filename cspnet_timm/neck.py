@@ -338,17 +338,7 @@ class CrossingPaths(PathAggregation):
     """
 
     def forward(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
-        """Walk down and up the levels.
-
-        Args:
-            maps: ``(B, C_i, H / 2^i, W / 2^i)`` for each level i, the finest first.
-
-        Returns:
-            As many maps of the same sizes.
-
-        Raises:
-            ValueError: If there are more or fewer maps than levels.
-        """
+        """Walk down and up the levels, with arguments, result and error of :meth:`PathAggregation.forward`."""
         self._check(maps)
         x = self.top(maps[-1], maps[-2])
         down = [x]
