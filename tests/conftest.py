@@ -51,8 +51,11 @@ def pytest_generate_tests(metafunc):
     own = [mark.args[0] for mark in metafunc.definition.iter_markers('parametrize')]
     if 'network' in metafunc.fixturenames and 'network' not in own:
         # A few whole ones: what these tests look at is in the small networks once already.
-        more = ALL if every else (*FEW, NECKS[0])
-        metafunc.parametrize('network', [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in more)])
+        mark = metafunc.definition.get_closest_marker('networks') or pytest.mark.networks.mark
+        fast = mark.args or NETWORKS
+        whole = ALL if every else (*FEW, NECKS[0]) if mark.kwargs.get('whole', True) else ()
+        metafunc.parametrize('network', [
+            name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in (*NETWORKS, *whole)])
 
 
 @pytest.fixture

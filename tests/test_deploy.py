@@ -29,7 +29,7 @@ from cspnet_timm.deployment.forms import (
 from cspnet_timm.deployment.machine import native_precisions
 from cspnet_timm.deployment.quantize import quantize
 from tests.samples import FAMILIES
-from tests.zoo import create, distance, fast_with
+from tests.zoo import create, distance
 
 CPU = torch.device('cpu')
 DATA = [name for name, backend in BACKENDS.items() if not backend.runs_code]
@@ -242,7 +242,7 @@ def test_features(backend):
     assert max(differences(outputs, expected)) < BOUNDS[precision]
 
 
-@fast_with('stages_detectors')
+@pytest.mark.networks('stages_detectors')
 def test_every_stage(build, monkeypatch):
     """Every block and stage, in the precision that is chosen by default."""
     needs('openvino')

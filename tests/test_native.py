@@ -24,7 +24,7 @@ from cspnet_timm.deployment.native.calibrate import evaluate
 from cspnet_timm.deployment.native.tuning import Tuning
 
 from .stages import NETWORKS
-from .zoo import create, distance, fast_with, randomize
+from .zoo import create, distance, randomize
 
 WHY_NOT = unavailable()
 runs_here = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -83,7 +83,7 @@ def check_bytes(model, x, plan, bound=BOUND_8):
 
 
 @runs_here
-@fast_with('stages_detectors', 'stages_paper', 'stages_attention')
+@pytest.mark.networks('stages_detectors', 'stages_paper', 'stages_attention')
 def test_every_stage(network, build):
     model = reparameterize_model(build())
     x = images(2, 3, 64, 96)

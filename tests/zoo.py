@@ -3,14 +3,11 @@ import functools
 import re
 from unittest import mock
 
-import pytest
 import timm
 import torch
 import torch.nn as nn
 
 from cspnet_timm.families import cspdensenet, peleenet
-from tests.samples import FEW
-from tests.stages import NETWORKS
 
 ALL = timm.list_models('cspnet_*')
 
@@ -20,13 +17,6 @@ NECKS = (
     'cspnet_yolo11n_pan', 'cspnet_yolo26n_pan', 'cspnet_yolov9t_pan',
     'cspnet_yolov4_tiny_pan', 'cspnet_yolov4_csp_pan', 'cspnet_damo_m_pan',
 )
-BUT_SIZES_OF_NECKS = [name for name in ALL if not name.endswith('_pan') or name in NECKS]
-
-
-def fast_with(*names):
-    """The small networks and a few whole ones, of which all but the named ones are slow."""
-    return pytest.mark.parametrize('network', [
-        name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in (*NETWORKS, *FEW, NECKS[0])])
 
 
 def of_features(state_dict, extractor):
