@@ -11,16 +11,15 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropBlock2d, calculate_drop_path_rates, get_device_dtype
 from timm.models import checkpoint, named_apply
 from timm.models._features import feature_take_indices
-from torch.overrides import TorchFunctionMode
 
 from .cross_stage import ComposedStage
 from .fitting import fit, tell_left_out
 from .layers import ActLayer, NormLayer, bind_norm_layer
 from .naming import StateDict
+from .shapes import ShapesAlone
 
 __all__ = ['BackboneCfg', 'CspBackbone', 'Level', 'LevelArgs', 'Neck', 'StateDict', 'TakesAnyNames']
 
@@ -605,26 +604,6 @@ def _check_pooling(num_classes: int, global_pool: str) -> None:
         )
 
 
-_SHAPE_KEEPING = frozenset((F.batch_norm, F.mish, F.silu, F.relu, F.leaky_relu, F.hardswish))
-
-
-class _ShapesAlone(TorchFunctionMode):
-    """Leaves out what changes no shape and takes nearly all the time on the meta device, where it is decomposed."""
-
-    def __torch_function__(
-            self,
-            func: Callable[..., Any],
-            types: Any,
-            args: Tuple[Any, ...] = (),
-            kwargs: Optional[Dict[str, Any]] = None,
-    ) -> Any:
-        if func in _SHAPE_KEEPING:
-            return args[0]
-        if func is torch.Tensor.add and isinstance(args[1], torch.Tensor) and args[0].shape == args[1].shape:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
 def _check_level(name: str, level: Level, args: LevelArgs, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Compare a level with what is said of it, by its shapes alone, and return what it makes of ``x``."""
     unused = set(range(level.depth)) - args.drop_path.used  # type: ignore[attr-defined]
@@ -635,7 +614,7 @@ def _check_level(name: str, level: Level, args: LevelArgs, module: nn.Module, x:
         key: torch.empty_like(value, device='meta')
         for key, value in module.state_dict(keep_vars=True).items() if not value.is_meta}
     module.eval()
-    with torch.no_grad(), _ShapesAlone():
+    with torch.no_grad(), ShapesAlone():
         y = torch.func.functional_call(module, tensors, (x,)) if tensors else module(x)
     module.train()
     expected = (1, level.out_chs, *(-(-side // args.stride) for side in x.shape[2:]))

@@ -7,6 +7,7 @@ import torch.nn as nn
 from timm.models import model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from .shapes import ShapesAlone
 from .sizes import ModelSize, activations_of, fingerprint
 
 __all__ = ['count_macs', 'count_parameters', 'list_activations', 'measure']
@@ -37,7 +38,7 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> int:
     parameter = next(model.parameters())
     training = [module for module in model.modules() if module.training]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), ShapesAlone(), FlopCounterMode(display=False) as counter:
             model.eval()(torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     finally:
         for module in training:  # each by itself: parts of the model may be frozen in eval mode

@@ -17,14 +17,14 @@ ALLOWED['checkpoints'] = set()  # readers know modules and containers, and no fa
 ALLOWED['sources'] = set()
 ALLOWED['naming'] = {'checkpoints', 'sizes'}
 ALLOWED['fitting'] = {'checkpoints', 'naming', 'sizes'}
-ALLOWED['backbone'] |= {'fitting', 'naming'}
+ALLOWED['backbone'] |= {'fitting', 'naming', 'shapes'}
 ALLOWED['extractors'] = {'backbone'}
 ALLOWED['loading'] = {'backbone', 'checkpoints', 'extractors', 'fitting', 'naming', 'sizes'}
 ALLOWED['families'] = {*LAYERS, 'checkpoints', 'extractors', 'fitting', 'loading', 'naming', 'sources'}
 ALLOWED['deployment'] = {*LAYERS, 'files'}  # likewise
-ALLOWED['autoload'] = ALLOWED['files'] = set()
+ALLOWED['autoload'] = ALLOWED['files'] = ALLOWED['shapes'] = set()
 ALLOWED['sizes'] = ALLOWED['feature_image'] = set()
-ALLOWED['counting'] = {'sizes'}
+ALLOWED['counting'] = {'shapes', 'sizes'}
 
 RUN_TIME = {'torch', 'timm', 'huggingface_hub', 'safetensors'}
 BROUGHT = {'numpy', 'PIL', 'torchvision'}  # by these four

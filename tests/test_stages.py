@@ -72,7 +72,7 @@ def test_compile(build):
             assert distance(compiled(x), model(x)) < 1e-5
 
 
-@pytest.mark.networks('stages_detectors', whole=False)
+@pytest.mark.networks('stages_attention', whole=False)
 def test_compile_for_training(build):
     """The second batch size makes the graph dynamic, and no other compiles again."""
     model = build(num_classes=10).train()
