@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--out', metavar='DIR', help='write one PNG per image into this directory')
     command.set_defaults(run=_features)
 
-    files = '.pth, .pt, .pdparams, .weights, .safetensors, …'
+    files = '.pth, .pt, .pdparams, .weights, .h5, .safetensors, …'
     command = commands.add_parser(
         'convert', help='checkpoint files of other frameworks for timm',
         description='Convert a checkpoint file of another framework to a folder that timm.create_model loads by '

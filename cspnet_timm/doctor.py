@@ -25,7 +25,8 @@ DISTRIBUTION, PACKAGE = 'cspnet-timm', 'cspnet_timm'
 PYTHON = (3, 10)
 REQUIRED = {'torch': '2.6', 'timm': '1.0.31', 'huggingface_hub': '', 'safetensors': ''}  # as pyproject.toml has them
 BROUGHT = ('numpy', 'torchvision')  # by these, and broken often enough
-EXTRAS = {'openvino': 'deploy', 'onnx': 'deploy', 'onnxscript': 'deploy', 'onnxruntime': 'deploy'}
+EXTRAS = {
+    'openvino': 'deploy', 'onnx': 'deploy', 'onnxscript': 'deploy', 'onnxruntime': 'deploy', 'h5py': 'keras'}
 HOSTS = (  # of the tags
     'https://huggingface.co', 'https://download.openmmlab.com', 'https://github.com', 'https://paddledet.bj.bcebos.com',
     'https://bj.bcebos.com', 'https://data.pjreddie.com', 'https://pjreddie.com', 'https://storage.googleapis.com',

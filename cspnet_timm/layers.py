@@ -11,8 +11,8 @@ from timm.layers import ClassifierHead, create_act_layer, get_act_layer, get_nor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 __all__ = ['ActLayer', 'ChannelSlice', 'ConvHead', 'ConvNormAct', 'NormLayer', 'PartialShortcut', 'RepConv',
-           'SeparableConv', 'SpatialPyramidPool', 'bind_norm_layer', 'create_act', 'create_norm', 'down_pool',
-           'fold_batch_norm', 'zero_init']
+           'SamePad', 'SeparableConv', 'SpatialPyramidPool', 'bind_norm_layer', 'create_act', 'create_norm',
+           'down_pool', 'fold_batch_norm', 'zero_init']
 
 ActLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
 NormLayer = Union[str, Type[nn.Module], Callable[..., nn.Module], None]
@@ -236,6 +236,40 @@ def down_pool(stride: int = 2, dilation: int = 1) -> nn.Module:
         pad=nn.ConstantPad2d((0, dilation, 0, dilation), float('-inf')),
         pool=nn.MaxPool2d(2, 1, dilation=dilation),
     ))
+
+
+class SamePad(nn.Module):
+    """The zeros that TensorFlow's ``padding='same'`` puts around a map before a 3×3 convolution of stride 2.
+
+    On an even side there is none before the map and one behind it, on an odd side one on each. The convolution behind
+    this one pads nothing itself. Behind an even side there are two here: the second is never read, and the size is one
+    sum whatever the side, also for compilers that leave it open.
+
+    Where dilation replaces the stride, the convolution reads at each position what the one of stride 2 would have read.
+    timm's ``Conv2dSame`` pads as TensorFlow would pad a convolution of stride 1, which moves the map by a pixel.
+
+    Input ``(B, C, H, W)``, output ``(B, C, H + 2 · dilation, W + 2 · dilation)``.
+    """
+
+    def __init__(self, dilation: int = 1) -> None:
+        """
+        Args:
+            dilation: Distance of the points of the convolution's kernel.
+        """
+        super().__init__()
+        self.dilation = dilation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pad the map."""
+        both = 2 * self.dilation
+        # Of a map whose strides were replaced, every dilation-th pixel is one of the original's.
+        top = self.dilation * ((x.shape[2] + self.dilation - 1) // self.dilation % 2)
+        left = self.dilation * ((x.shape[3] + self.dilation - 1) // self.dilation % 2)
+        return F.pad(x, (left, both - left, top, both - top))
+
+    def extra_repr(self) -> str:
+        """Show the dilation in the printed model."""
+        return f'dilation={self.dilation}'
 
 
 class ChannelSlice(nn.Module):

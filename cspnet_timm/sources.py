@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = 'CSPNET_TIMM_WEIGHTS'
 USER_AGENT = 'cspnet-timm'  # some hosts answer 403 to those who have none
-SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.pdparams', '.weights', '.ckpt', '.tar')
+SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.pdparams', '.weights', '.h5', '.ckpt', '.tar')
 
 ANSWER_SECONDS = 8  # for a host to be found, to connect and to begin to answer
 READ_SECONDS = 30  # between two pieces of a file

@@ -29,7 +29,15 @@ from cspnet_timm.cross_stage import ComposedStage, CrossStage
 from cspnet_timm.families._builder import build_backbone, default_cfg
 from cspnet_timm.families.peleenet import StemPool, TwoWayLayer
 from cspnet_timm.families.yolov9 import AverageDown, SplitDown
-from cspnet_timm.layers import ChannelSlice, ConvHead, ConvNormAct, RepConv, SeparableConv, SpatialPyramidPool
+from cspnet_timm.layers import (
+    ChannelSlice,
+    ConvHead,
+    ConvNormAct,
+    RepConv,
+    SamePad,
+    SeparableConv,
+    SpatialPyramidPool,
+)
 from cspnet_timm.neck import BottomUp, CrossingDown, CrossingPaths, CrossingUp, PathAggregation, TopDown
 
 CHS = 16
@@ -66,6 +74,12 @@ def level(*parts):
 def down(cls=ConvNormAct, **kwargs):
     return lambda chs, args: cls(
         chs, CHS, kernel_size=3, stride=args.stride, dilation=args.first_dilation, **kwargs, **args.layers)
+
+
+def down_same(chs, args):
+    """A convolution with TensorFlow's padding."""
+    return nn.Sequential(OrderedDict(pad=SamePad(args.first_dilation), conv=ConvNormAct(
+        chs, CHS, 3, stride=args.stride, dilation=args.first_dilation, padding=0, **args.layers)))
 
 
 def pool(cls, **kwargs):
@@ -278,11 +292,11 @@ NETWORKS = {
         level(averaged(SplitDown), composed(concatenated(plain, plain))),
         level(down(), composed(row(block(BasicBlock, conv_layers=(ConvNormAct, RepConv))))),
     )),
-    # By itself, because the native engine has none.
+    # By themselves, because the native engine has neither attention nor TensorFlow's padding.
     'attention': BackboneCfg(levels=(
         stem(3),
-        level(down(), row(dark, dark)),
-        level(down()),
+        level(down_same, row(dark, dark)),
+        level(down_same),
         level(
             down(), stage(row(attention), fusion='first'), row(dark),
             stage(concatenated(row(dark, attention)), fusion='first')),

@@ -220,7 +220,7 @@ def test_safetensors(tmp_path):
 @pytest.mark.parametrize('data, message', [
     (b'', 'is empty'), (b'hello', 'no checkpoint file'), (b'\x80', 'no checkpoint file'),
     (b'PK\x03', 'no checkpoint file'),
-    (b'\x89HDF\r\n\x1a\n' + b'\0' * 90, 'no checkpoint file'), (b'PK\x03\x04' + b'\0' * 90, 'truncated'),
+    (b'\x89HDF\r\n\x1a\n' + b'\0' * 90, 'no HDF5 file, or a damaged one'), (b'PK\x03\x04' + b'\0' * 90, 'truncated'),
     (pickle.dumps([1, 2], 4), 'holds no weights'), (pickle.dumps({'a': {'b': 1}}, 2), 'holds no weights'),
     (b'\x80\x05.', 'damaged'),
 ])

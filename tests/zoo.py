@@ -39,7 +39,7 @@ REPRESENTATIVES = (
     'cspnet_rtmdet_tiny', 'cspnet_rtmdet_x_p6', 'cspnet_tutorial', 'cspnet_yolo11m', 'cspnet_yolo11m_cls',
     'cspnet_yolo11n', 'cspnet_yolo11n_cls', 'cspnet_yolov4', 'cspnet_yolov4_csp', 'cspnet_yolov4_tiny',
     'cspnet_yolov5n', 'cspnet_yolov5n_cls', 'cspnet_yolov8n', 'cspnet_yolov8n_cls', 'cspnet_yolov9c',
-    'cspnet_yolov9c_cls', 'cspnet_yolov9m', 'cspnet_yolov9t', 'cspnet_yolox_nano',
+    'cspnet_yolov9c_cls', 'cspnet_yolov9m', 'cspnet_yolov9t', 'cspnet_yolox_nano', 'cspnet_yolox_tiny_keras',
 )
 
 

@@ -20,11 +20,11 @@ from .description import Checkpoint, TensorInfo
 from .memory import describe_mapping
 
 __all__ = [
-    'Checkpoint', 'CheckpointError', 'TensorInfo', 'describe_mapping', 'open_checkpoint', 'read_foreign',
-    'read_numbers',
+    'Checkpoint', 'CheckpointError', 'TensorInfo', 'check_reader', 'describe_mapping', 'open_checkpoint',
+    'read_foreign', 'read_numbers',
 ]
 
-_READERS: Tuple[str, ...] = ('pickled', 'tensors', 'darknet')
+_READERS: Tuple[str, ...] = ('pickled', 'tensors', 'hdf5', 'darknet')
 _HEAD_BYTES = 512
 
 # What is found under the names of checkpoints and is none, by how it begins; what to do stands behind it.
@@ -40,7 +40,6 @@ _OTHERS: Tuple[Tuple[bytes, str], ...] = (
     (rb'\x28\xb5\x2f\xfd', 'compressed by zstd: unpack it'),
     (rb'7z\xbc\xaf\x27\x1c', 'a 7z archive: unpack it'),
     (rb'Rar!', 'a RAR archive: unpack it'),
-    (rb'\x89HDF\r\n\x1a\n', 'an HDF5 file, of Keras perhaps, which is not read'),
     (rb'GGUF', 'a GGUF file, which is not read'),
     (rb'....TFL3', 'a TensorFlow Lite program, which is not read'),
     (rb'\x93NUMPY', 'a single array of numpy, without a name'),
@@ -74,6 +73,22 @@ def _find_reader(path: Path) -> Optional[ModuleType]:
 
 def _unknown(path: Path) -> CheckpointError:
     return CheckpointError(f'{path}: is no checkpoint file of a kind that is known here, or its beginning is damaged.')
+
+
+def check_reader(filename: str) -> None:
+    """Find out before a file is downloaded whether it can be read.
+
+    Args:
+        filename: Its name.
+
+    Raises:
+        CheckpointError: If that takes a package that is not installed; the message names the extra.
+    """
+    if filename.endswith('.h5'):
+        try:
+            importlib.import_module(f'{__name__}.hdf5').import_h5py()
+        except CheckpointError as error:
+            raise CheckpointError(f'{filename}: {error}') from error
 
 
 def open_checkpoint(path: Union[str, Path]) -> Optional[Checkpoint]:

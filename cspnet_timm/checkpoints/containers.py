@@ -155,7 +155,8 @@ class Container:
             if f'{folder}/archive_format' in members or f'{folder}/models/model.json' in members:
                 raise CheckpointError('it is a program of torch.export (.pt2), which holds a graph; refused.')
         if len(pickles) != 1:
-            held = [name for name in members if re.search(r'\.(pt|pth|safetensors|pdparams|weights|ckpt|tar)$', name)]
+            endings = r'\.(pt|pth|safetensors|pdparams|weights|h5|ckpt|tar)$'
+            held = [name for name in members if re.search(endings, name)]
             packed = f' It holds {held[0]!r}: unpack it and pass that.' if held else ''
             raise CheckpointError(
                 f'it is a zip archive, but none that torch.save writes: it has no data.pkl.{packed}')

@@ -20,7 +20,7 @@ from timm.models import register_model as timm_register_model
 
 from .. import sources
 from ..backbone import BackboneCfg, CspBackbone, StateDict
-from ..checkpoints import CheckpointError, open_checkpoint
+from ..checkpoints import CheckpointError, check_reader, open_checkpoint
 from ..extractors import extractor
 from ..fitting import Contents
 from ..loading import fit_to, fitted, install, opened
@@ -143,12 +143,14 @@ def _fetch(variant: str, weights: PretrainedCfg, cache_dir: Optional[Union[str, 
     """Get the file of a config that timm would download, or None if timm is to do it.
 
     Raises:
+        CheckpointError: If files of its kind cannot be read here.
         DownloadError: If no place has it.
     """
     name = f'{variant}.{weights.tag}'
     registered, info = get_pretrained_cfg(name, allow_unregistered=True) if weights.tag else None, WEIGHTS.get(name)
     if info is not None and registered is not None and all(
             getattr(weights, k) == getattr(registered, k) for k in ('url', 'hf_hub_id', 'hf_hub_filename')):
+        check_reader(info.sources[0].filename)
         return sources.fetch(name, info.sources, info.terms.label, cache_dir, _check_container)
     if isinstance(weights.url, str) and weights.url and not weights.hf_hub_id:  # the caller's own
         places = [Source(url=weights.url)]

@@ -4,22 +4,28 @@ A focus stem, then four times a 3×3 convolution of stride 2 and a cross stage o
 SPP before its cross stage, and blocks without a shortcut. In the smallest network the 3×3 convolutions behind the stem
 are separable. Focus, a 3×3 convolution of the four pixels of each 2×2 patch, is one 6×6 convolution of stride 2.
 
+KerasCV has the same network under the name CSPDarkNet, trained on ImageNet, and with TensorFlow's padding: where a 3×3
+convolution halves an even map, all of it lies behind the map (:class:`~cspnet_timm.layers.SamePad`). With padding on
+both sides the same weights give other numbers, so that ``cspnet_yolox_*_keras`` are networks of their own, whose
+tensors have other names: neither's weights load into the other.
+
 Paper: `YOLOX: Exceeding YOLO Series in 2021`, https://arxiv.org/abs/2107.08430
-Reference: https://github.com/Megvii-BaseDetection/YOLOX, Apache-2.0
+References: https://github.com/Megvii-BaseDetection/YOLOX and https://github.com/keras-team/keras-cv, both Apache-2.0
 """
 import re
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch.nn as nn
 
 from ..backbone import BackboneCfg, CspBackbone, Level, LevelArgs, StateDict
 from ..blocks import DarkBlock
 from ..cross_stage import CrossStage
-from ..layers import ConvNormAct, SeparableConv, SpatialPyramidPool
-from ..naming import Naming, focus_to_conv, register_naming, rename_keys
+from ..layers import ConvNormAct, SamePad, SeparableConv, SpatialPyramidPool
+from ..naming import Naming, focus_to_conv, register_foreign_project, register_naming, rename_keys
 from ._builder import (
+    IN1K,
     License,
     build_backbone,
     default_cfg,
@@ -30,7 +36,7 @@ from ._builder import (
 )
 from ._neck import reducing_neck, rename_reducing_neck
 from ._openmmlab import MMDETECTION, MMPOSE
-from ._weights import DETECTION, KEYPOINTS, with_pan
+from ._weights import CLASSIFICATION, DETECTION, KEYPOINTS, with_pan
 
 __all__ = []
 
@@ -41,6 +47,8 @@ SIZES = {  # width, depth, separable 3×3 convolutions
     'cspnet_yolox_m': (0.75, 0.67, False),
     'cspnet_yolox_l': (1., 1., False),
     'cspnet_yolox_x': (1.25, 1.33, False),
+    'cspnet_yolox_tiny_keras': (0.375, 0.33, False),
+    'cspnet_yolox_l_keras': (1., 1., False),
 }
 
 
@@ -67,16 +75,25 @@ def _cross_stage(
     )
 
 
+def _same_conv(in_chs: int, out_chs: int, kernel_size: int, dilation: int, **kwargs: Any) -> nn.Module:
+    """A 3×3 convolution of stride 2 with TensorFlow's padding."""
+    return nn.Sequential(OrderedDict(
+        pad=SamePad(dilation),
+        conv=ConvNormAct(in_chs, out_chs, kernel_size, dilation=dilation, padding=0, **kwargs),
+    ))
+
+
 def _level(
         in_chs: int,
         args: LevelArgs,
         out_chs: int,
         depth: int,
         conv: Callable[..., nn.Module],
+        down: Callable[..., nn.Module],
         last: bool,
 ) -> nn.Module:
     layers: OrderedDict[str, nn.Module] = OrderedDict(
-        down=conv(in_chs, out_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers))
+        down=down(in_chs, out_chs, 3, stride=args.stride, dilation=args.first_dilation, **args.layers))
     if last:
         layers['spp'] = SpatialPyramidPool(out_chs, out_chs, entry_act_layer=args.layers['act_layer'], **args.layers)
     layers['csp'] = _cross_stage(out_chs, out_chs, args, depth, conv, shortcut=not last)
@@ -121,19 +138,103 @@ NAMING = register_naming(Naming(
     'YOLOX', ('cspnet_yolox_*',), r'dark2\.1\.conv1\.conv\.weight|stage1\.1\.main_conv\.conv\.weight', _rename))
 
 
+# KerasCV's CSPDarkNet. Its layers outside of the cross stages, in the order in which they run:
+_SINGLE = (
+    ('stem_conv', 'stem'), ('dark2_conv', 'layer1.down.conv'), ('dark3_conv', 'layer2.down.conv'),
+    ('dark4_conv', 'layer3.down.conv'), ('dark5_conv', 'layer4.down.conv'), ('dark5_spp_conv1', 'layer4.spp.conv1'),
+    ('dark5_spp_conv2', 'layer4.spp.conv2'),
+)
+_KERAS_CSP = re.compile(r'(?:.*\.)?(?:dark(\d)_csp|cross_stage_partial(?:_(\d+))?)\.')
+_KERAS_NORM = re.compile(r'(?:\w+_bn|batch_normalization(?:_\d+)?)')
+_KERAS_HEAD = re.compile(r'(?:.*\.)?(?:predictions|dense)\.(weight|bias)')
+
+
+def _keras_order(layer: str) -> Tuple[float, ...]:
+    """Where a layer stands among those of its cross stage, or of those outside of all.
+
+    Layers without a name have been numbered as they were made, which is the order in which they run: ``conv2d``,
+    ``conv2d_1``, …, or ``sequential_3`` around them. The blocks of a cross stage were made before its last convolution.
+    """
+    tokens = layer.split('.')
+    for i, (name, _) in enumerate(_SINGLE):
+        if re.fullmatch(rf'{name}_(conv|bn)', tokens[-1]):
+            return (i,)
+    numbers = [re.findall(r'\d+', token.replace('conv2d', 'conv')) for token in tokens]
+    return tuple(
+        2.5 if token == 'bottleneck_convs' else float(found[-1]) if found else 0.
+        for token, found in zip(tokens, numbers))
+
+
+def _keras_layers(own: StateDict) -> Dict[int, List[Dict[str, str]]]:
+    """The convolutions of each cross stage, and under 0 the others, as keys by ``conv.weight``, ``bn.weight``, …."""
+    parts: Dict[int, Dict[str, Dict[str, Dict[str, str]]]] = {}
+    for key in own:
+        layer, _, leaf = key.rpartition('.')
+        if 'depthwise' in key:
+            raise ValueError(f'{key!r} is of a separable convolution (use_depthwise=True)')
+        if _KERAS_HEAD.fullmatch(key) or own[key].ndim not in (1, 4):
+            continue
+        match = _KERAS_CSP.match(key)
+        stage = 0 if match is None else int(match[1] or int(match[2] or 0) + 2)
+        kind = 'bn' if _KERAS_NORM.fullmatch(layer.rpartition('.')[2]) else 'conv'
+        within = layer[match.end():] if match is not None else layer
+        parts.setdefault(stage, {'conv': {}, 'bn': {}})[kind].setdefault(within, {})[f'{kind}.{leaf}'] = key
+    if sorted(parts) != [0, 2, 3, 4, 5]:
+        raise ValueError(f'the cross stages {sorted(parts)} are not dark2 to dark5')
+    layers: Dict[int, List[Dict[str, str]]] = {}
+    for stage, kinds in parts.items():
+        convs, norms = (sorted(kinds[kind].items(), key=lambda item: _keras_order(item[0])) for kind in ('conv', 'bn'))
+        if len(convs) != len(norms):
+            raise ValueError(f'{len(convs)} convolutions and {len(norms)} batch norms are in stage {stage}')
+        layers[stage] = [{**conv, **norm} for (_, conv), (_, norm) in zip(convs, norms)]
+    return layers
+
+
+def _rename_keras(own: StateDict, whole: StateDict) -> StateDict:
+    layers = _keras_layers(own)
+    if len(layers[0]) != len(_SINGLE):
+        raise ValueError(f'{len(layers[0])} convolutions are outside of its cross stages')
+    names = dict(zip((name for _, name in _SINGLE), layers[0]))
+    for stage in range(2, 6):
+        entry, bypass, *blocks, merge = layers[stage]
+        prefix = f'layer{stage - 1}.csp'
+        names.update({f'{prefix}.entry': entry, f'{prefix}.bypass': bypass, f'{prefix}.merge': merge})
+        if len(blocks) % 2 or not blocks:
+            raise ValueError(f'{len(blocks)} convolutions are in the blocks of dark{stage}_csp')
+        names.update({f'{prefix}.blocks.{i // 2}.conv{i % 2 + 1}': conv for i, conv in enumerate(blocks)})
+    out = {f'{name}.{leaf}': own[key] for name, keys in names.items() for leaf, key in keys.items()}
+    out.update({f'head.fc.{m[1]}': own[key] for key in own if (m := _KERAS_HEAD.fullmatch(key))})
+    weight = out.get('stem.conv.weight')
+    if weight is not None and weight.shape[1:] == (12, 3, 3):
+        out['stem.conv.weight'] = focus_to_conv(weight)
+    return out
+
+
+KERAS_NAMING = register_naming(Naming(
+    'KerasCV\'s CSPDarkNet', ('cspnet_yolox_*_keras',),
+    r'(?:\w+\.)*?(?:dark2_csp\.(?:\w+\.)*(?:conv_block\d+_conv|conv2d(?:_\d+)?)|'
+    r'cross_stage_partial\.darknet_conv1\.conv2d)\.weight',
+    _rename_keras))
+
+register_foreign_project('KerasCV\'s YOLOv8', r'(?:\w+\.)*stem_1_conv\.weight')
+
+
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
     width, depth, separable = SIZES[variant.removesuffix('_pan')]
     conv: Callable[..., nn.Module] = SeparableConv if separable else ConvNormAct
+    keras = variant.endswith('_keras')
     stem_chs, depth = int(64 * width), max(round(depth * 3), 1)
     levels = [Level(partial(_stem, out_chs=stem_chs), stem_chs)]
     for i, (scale, repeats) in enumerate(((2, 1), (4, 3), (8, 3), (16, 1))):
         chs, blocks = stem_chs * scale, depth * repeats
         levels.append(Level(
-            partial(_level, out_chs=chs, depth=blocks, conv=conv, last=i == 3), chs, depth=blocks))
+            partial(_level, out_chs=chs, depth=blocks, conv=conv, down=_same_conv if keras else conv, last=i == 3),
+            chs, depth=blocks))
     neck = reducing_neck(
         [level.out_chs for level in levels[-3:]], partial(_cross_stage, depth=depth, conv=conv, shortcut=False), conv)
     cfg = BackboneCfg(
-        levels=tuple(levels), bn_eps=1e-3, bn_momentum=0.03, convert=NAMING.convert,
+        levels=tuple(levels), bn_eps=1e-3, bn_momentum=0.01 if keras else 0.03,
+        convert=(KERAS_NAMING if keras else NAMING).convert,
         neck=neck if variant.endswith('_pan') else None)
     return build_backbone(variant, pretrained, cfg, **kwargs)
 
@@ -141,6 +242,11 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> CspBackbone:
 _MEGVII = License(
     'apache-2.0', 'LICENSE of Megvii-BaseDetection/YOLOX; none is stated for the file (asked in its issue 1865)',
     'https://github.com/Megvii-BaseDetection/YOLOX/blob/main/LICENSE',
+)
+
+_KERAS_CV = License(
+    'apache-2.0', 'LICENSE of keras-team/keras-cv; none is stated for the file',
+    'https://github.com/keras-team/keras-cv/blob/master/LICENSE',
 )
 
 
@@ -175,6 +281,17 @@ def _mmdet(name: str, stamp: str, ap: float, size: int = 640) -> Dict[str, Any]:
     return _cfg(
         url, 'OpenMMLab', MMDETECTION, 'MMDetection, configs/yolox, for the whole detector', size=size, ap=ap)
 
+
+def _keras(name: str, sha256: str, top1: float) -> Dict[str, Any]:
+    """Trained and evaluated on squares of 224 pixels out of the middle; the network's first layer divided by 255."""
+    url = f'https://storage.googleapis.com/keras-cv/models/{name}/imagenet/classification-v0.h5'
+    return default_cfg(
+        sources=[web(url, filename=f'{name}-classification-v0.h5', sha256=sha256)], license=_KERAS_CV, crop_pct=1.0,
+        interpolation='bilinear', mean=(0., 0., 0.), std=(1., 1., 1.), paper_ids='arXiv:2107.08430',
+        paper_name='YOLOX: Exceeding YOLO Series in 2021',
+        info=dict(data=IN1K, task=CLASSIFICATION, source='KerasCV', metrics=dict(top1=top1, size=224),
+                  metrics_source='KerasCV, examples/training/classification/imagenet/training_history.json'),
+    )
 
 
 def _pose(file: str, size: int = 640, data: str = 'COCO, human keypoints', **metrics: float) -> Dict[str, Any]:
@@ -240,6 +357,10 @@ default_cfgs = describe_weights(with_pan({
     'cspnet_yolox_l.rtmo_body7_crowdpose': _pose(
         'rtmo-l_16xb16-700e_body7-crowdpose-640x640-5bafdc11_20231219', 640, f'{_BODY7}, then CrowdPose',
         keypoint_ap=83.8),
+    'cspnet_yolox_tiny_keras.in1k': _keras(
+        'cspdarknettiny', 'c17fe6d7b597f2eb25e42fbd97ec58fb1dad753ba18920cc27820953b7947704', 61.69),
+    'cspnet_yolox_l_keras.in1k': _keras(
+        'cspdarknetl', '8bdc3359222f0d26f77aa42c4e97d67a05a1431fe6c448ceeab9a9c5a34ff804', 77.44),
 }, (
     'cspnet_yolox_nano_pan.coco', 'cspnet_yolox_tiny_pan.coco', 'cspnet_yolox_s_pan.coco', 'cspnet_yolox_m_pan.coco',
     'cspnet_yolox_l_pan.coco', 'cspnet_yolox_x_pan.coco', 'cspnet_yolox_tiny_pan.mmdet_coco',
@@ -285,6 +406,18 @@ def cspnet_yolox_l(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
 def cspnet_yolox_x(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
     """1.25 times the large network's width, 1.33 times its depth."""
     return _create('cspnet_yolox_x', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolox_tiny_keras(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """``cspnet_yolox_tiny`` with TensorFlow's padding, KerasCV's CSPDarkNetTiny."""
+    return _create('cspnet_yolox_tiny_keras', pretrained, **kwargs)
+
+
+@register_model
+def cspnet_yolox_l_keras(pretrained: bool = False, **kwargs: Any) -> CspBackbone:
+    """``cspnet_yolox_l`` with TensorFlow's padding, KerasCV's CSPDarkNetL."""
+    return _create('cspnet_yolox_l_keras', pretrained, **kwargs)
 
 
 cspnet_yolox_nano_pan = register_pan('cspnet_yolox_nano_pan', _create)
