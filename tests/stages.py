@@ -295,12 +295,13 @@ NETWORKS = {
     # By themselves, because the native engine has neither attention nor TensorFlow's padding.
     'attention': BackboneCfg(levels=(
         stem(3),
-        level(down_same, row(dark, dark)),
-        level(down_same),
+        level(down(), row(dark, dark)),
+        level(down()),
         level(
             down(), stage(row(attention), fusion='first'), row(dark),
             stage(concatenated(row(dark, attention)), fusion='first')),
     )),
+    'padding': BackboneCfg(levels=(stem(6), *[level(down_same)] * 3)),
     # The paper's: bottlenecks, inverted residuals, elastic and dense blocks, channels that are split.
     'paper': BackboneCfg(
         levels=(

@@ -46,7 +46,7 @@ def test_list_filter(capsys):
 def test_list_filter_in_the_users_words(capsys):
     assert main(['list', '--filter', 'YOLOX_[nt]*[!n]']) == 0
     names = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
-    assert names == {'cspnet_yolox_nano', 'cspnet_yolox_tiny'}
+    assert names == {'cspnet_yolox_nano', 'cspnet_yolox_tiny', 'cspnet_yolox_tiny_keras'}
 
 
 def test_list_for_programs(capsys):

@@ -301,3 +301,17 @@ def test_dilation_reads_what_the_stride_would_have_read(size):
         y, z = model.layer3(x), dilated.layer3(x)
         assert z.shape[2:] == x.shape[2:] and distance(z[..., ::2, ::2], y) < 1e-5
         assert distance(dilated.layer4.down(z)[..., ::4, ::4], model.layer4.down(y)) < 1e-5
+
+
+def test_no_compiler_keeps_the_padding_of_its_example():
+    torch.manual_seed(0)
+    model = nn.Sequential(SamePad(), nn.Conv2d(3, 4, 3, stride=2)).eval()
+    x, dynamic = torch.randn(1, 3, 8, 8), torch.export.Dim.DYNAMIC
+    compiled = {
+        'fx': torch.fx.symbolic_trace(model), 'script': torch.jit.script(model), 'trace': torch.jit.trace(model, x),
+        'export': torch.export.export(model, (x,), dynamic_shapes=({2: dynamic, 3: dynamic},)).module(),
+    }
+    for size in ((8, 8), (7, 9), (10, 7)):
+        x = torch.randn(1, 3, *size)
+        for name, function in compiled.items():
+            assert torch.equal(function(x), model(x)), (name, size)
