@@ -1,4 +1,5 @@
 """KerasCV's weights: HDF5 in Keras' own layouts, equal to the reference, with TensorFlow's padding; hostile files."""
+import re
 import sys
 import zlib
 
@@ -38,7 +39,10 @@ def write(path, fixture, layout='released', classifier=True, prefix=''):
             group = file.require_group(prefix) if prefix else file
             group.attrs['keras_version'] = '2.11.0'
             group.attrs['layer_names'] = np.array([b'sequential', b'dark2_csp'])
-        for place, value in zip(info['layouts'][layout], state_dict.values()):
+        places = info['layouts'].get(layout) or [  # nested: the backbone is one layer of a classifier
+            re.sub(r'^(sequential\w*|dark\d_csp)/', 'csp_dark_net_backbone/', place)
+            for place in info['layouts']['named']]
+        for place, value in zip(places, state_dict.values()):
             if classifier or ('predictions' not in place and 'dense' not in place):
                 order = (2, 3, 1, 0) if value.ndim == 4 else tuple(reversed(range(value.ndim)))
                 file[prefix + place] = value.permute(order).numpy()
@@ -80,7 +84,7 @@ def test_the_released_layout_gives_the_references_maps(tiny, released):
 
 
 @pytest.mark.parametrize('layout, prefix', [
-    ('named', 'model_weights/'), ('keras3', ''), ('keras3', 'layers/functional/')])
+    ('named', 'model_weights/'), ('nested', ''), ('keras3', ''), ('keras3', 'layers/functional/')])
 def test_other_layouts_are_the_same_weights(layout, prefix, tiny, released, tmp_path):
     path = write(tmp_path / 'a.weights.h5', tiny, layout, prefix=prefix)
     with open_checkpoint(path) as a, open_checkpoint(released) as b:
@@ -140,6 +144,21 @@ def test_other_networks_of_the_project(change, message, tiny):
     model = timm.create_model(TINY, device='meta')
     with pytest.raises(CheckpointError, match=message):
         model.load_state_dict(changed)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzzed_state_dicts(data, tiny):
+    """Whatever is missing, of another name or of another shape: one clear error."""
+    changed = {key: torch.empty_like(value, device='meta') for key, value in tiny[1].items()}
+    for key in data.draw(st.lists(st.sampled_from(sorted(changed)), min_size=1, max_size=12, unique=True)):
+        value, kind = changed.pop(key), data.draw(st.sampled_from(['drop', 'rename', 'shape']))
+        if kind == 'rename':
+            changed[data.draw(st.sampled_from(['a.weight', 'dark2_csp.a.bias', 'conv_block3_conv.weight']))] = value
+        elif kind == 'shape':
+            changed[key] = torch.empty(data.draw(st.sampled_from([(), (3,), (5, 2), (1, 1, 2, 7)])), device='meta')
+    with pytest.raises(CheckpointError):
+        timm.create_model(TINY, device='meta').load_state_dict(changed)
 
 
 # Without h5py

@@ -145,6 +145,7 @@ _SINGLE = (
     ('dark5_spp_conv2', 'layer4.spp.conv2'),
 )
 _KERAS_CSP = re.compile(r'(?:.*\.)?(?:dark(\d)_csp|cross_stage_partial(?:_(\d+))?)\.')
+_ALL_STAGES = -1  # those of a backbone that is one layer of a classifier, in Keras 2's files, are in one group
 _KERAS_NORM = re.compile(r'(?:\w+_bn|batch_normalization(?:_\d+)?)')
 _KERAS_HEAD = re.compile(r'(?:.*\.)?(?:predictions|dense)\.(weight|bias)')
 
@@ -176,17 +177,29 @@ def _keras_layers(own: StateDict) -> Dict[int, List[Dict[str, str]]]:
             continue
         match = _KERAS_CSP.match(key)
         stage = 0 if match is None else int(match[1] or int(match[2] or 0) + 2)
+        if match is None and re.search(r'\bconv_block\d+_(conv|bn)$', layer):
+            stage = _ALL_STAGES
         kind = 'bn' if _KERAS_NORM.fullmatch(layer.rpartition('.')[2]) else 'conv'
         within = layer[match.end():] if match is not None else layer
         parts.setdefault(stage, {'conv': {}, 'bn': {}})[kind].setdefault(within, {})[f'{kind}.{leaf}'] = key
-    if sorted(parts) != [0, 2, 3, 4, 5]:
-        raise ValueError(f'the cross stages {sorted(parts)} are not dark2 to dark5')
     layers: Dict[int, List[Dict[str, str]]] = {}
     for stage, kinds in parts.items():
         convs, norms = (sorted(kinds[kind].items(), key=lambda item: _keras_order(item[0])) for kind in ('conv', 'bn'))
         if len(convs) != len(norms):
             raise ValueError(f'{len(convs)} convolutions and {len(norms)} batch norms are in stage {stage}')
         layers[stage] = [{**conv, **norm} for (_, conv), (_, norm) in zip(convs, norms)]
+    stages: List[List[Dict[str, str]]] = []
+    chs = 0
+    for layer in layers.pop(_ALL_STAGES, ()):  # a stage's last convolution alone has twice the channels of its first
+        out_chs = own[layer['conv.weight']].shape[0]
+        if not chs:
+            stages.append([])
+            chs = 2 * out_chs
+        stages[-1].append(layer)
+        chs = 0 if out_chs == chs else chs
+    layers.update(enumerate(stages, 2))
+    if sorted(layers) != [0, 2, 3, 4, 5]:
+        raise ValueError(f'the cross stages {sorted(layers)[1:]} are not dark2 to dark5')
     return layers
 
 
@@ -196,10 +209,12 @@ def _rename_keras(own: StateDict, whole: StateDict) -> StateDict:
         raise ValueError(f'{len(layers[0])} convolutions are outside of its cross stages')
     names = dict(zip((name for _, name in _SINGLE), layers[0]))
     for stage in range(2, 6):
+        if len(layers[stage]) < 5:
+            raise ValueError(f'{len(layers[stage])} convolutions are in dark{stage}_csp')
         entry, bypass, *blocks, merge = layers[stage]
         prefix = f'layer{stage - 1}.csp'
         names.update({f'{prefix}.entry': entry, f'{prefix}.bypass': bypass, f'{prefix}.merge': merge})
-        if len(blocks) % 2 or not blocks:
+        if len(blocks) % 2:
             raise ValueError(f'{len(blocks)} convolutions are in the blocks of dark{stage}_csp')
         names.update({f'{prefix}.blocks.{i // 2}.conv{i % 2 + 1}': conv for i, conv in enumerate(blocks)})
     out = {f'{name}.{leaf}': own[key] for name, keys in names.items() for leaf, key in keys.items()}
@@ -213,6 +228,7 @@ def _rename_keras(own: StateDict, whole: StateDict) -> StateDict:
 KERAS_NAMING = register_naming(Naming(
     'KerasCV\'s CSPDarkNet', ('cspnet_yolox_*_keras',),
     r'(?:\w+\.)*?(?:dark2_csp\.(?:\w+\.)*(?:conv_block\d+_conv|conv2d(?:_\d+)?)|'
+    r'csp_dark_net_backbone(?:_\d+)?\.conv_block\d+_conv|'
     r'cross_stage_partial\.darknet_conv1\.conv2d)\.weight',
     _rename_keras))
 
