@@ -20,7 +20,6 @@ __all__ = ['describe', 'import_h5py', 'recognises']
 _MAGIC = b'\x89HDF\r\n\x1a\n'
 _MAX_OBJECTS = 1 << 16
 _MAX_DEPTH = 24
-_FILTERS = (1, 2, 3)  # gzip, shuffle and a checksum: what HDF5 has itself
 _ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 _LEAVES = {
@@ -103,9 +102,7 @@ def _describe(h5py: Any, file: Any, path: Path) -> Checkpoint:
     for name, dataset in _walk(h5py, group, others):
         total += _check(name, dataset)
         if total > 2 * size:
-            raise CheckpointError(
-                'its arrays together would take more than twice the memory of the file; if they are compressed, '
-                '`h5repack -f NONE` unpacks them.')
+            raise CheckpointError('its arrays together would take more than twice the memory of the file.')
         arrays[name] = dataset
     names = _torch_names(arrays)
     if not any(new.endswith(('.weight', '.running_var')) for new in names.values()):
@@ -177,7 +174,7 @@ def _walk(h5py: Any, root: Any, others: List[str]) -> Iterator[Tuple[str, Any]]:
 
 
 def _dtype(dataset: Any) -> Any:
-    """The type that an array has once it is read, None if it is none of numbers."""
+    """The type of an array, None if it is none of numbers."""
     dtype = dataset.dtype
     if dtype.fields is not None or dtype.subdtype is not None or dtype.kind not in 'fiub':
         return None
@@ -187,24 +184,22 @@ def _dtype(dataset: Any) -> Any:
 
 
 def _check(name: str, dataset: Any) -> int:
-    """Refuse an array whose numbers do not lie in the file.
+    """Refuse an array whose numbers do not lie in the file, each in a place of its own size.
+
+    What is compressed can become a thousand times as large while HDF5 unpacks it, whatever size it declares.
 
     Returns:
         How many bytes reading it takes.
     """
     if dataset.external or dataset.is_virtual:
         raise CheckpointError(f'its array {name!r} lies in another file, which Keras never writes; refused.')
-    plist = dataset.id.get_create_plist()
-    filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
-    if any(code not in _FILTERS for code in filters):
-        raise CheckpointError(f'its array {name!r} is packed by a filter other than gzip: `h5repack -f NONE` unpacks.')
-    covered = numel = math.prod(dataset.shape)
-    if dataset.chunks:
-        covered = math.prod(-(-side // chunk) * chunk for side, chunk in zip(dataset.shape, dataset.chunks))
-    stored = dataset.id.get_storage_size()
-    if not filters and stored < numel * dataset.dtype.itemsize:
+    if dataset.id.get_create_plist().get_nfilters():
+        raise CheckpointError(
+            f'its array {name!r} is compressed, which Keras never does: `h5repack -f NONE` unpacks it.')
+    numel, stored = math.prod(dataset.shape), dataset.id.get_storage_size()
+    if stored < numel * dataset.dtype.itemsize:
         raise CheckpointError(f'its array {name!r} of shape {dataset.shape} has {stored} bytes in the file.')
-    return covered * max(dataset.dtype.itemsize, 4)
+    return numel * (4 if _dtype(dataset) == torch.float16 else dataset.dtype.itemsize)
 
 
 def _torch_names(arrays: Dict[str, Any]) -> Dict[str, str]:

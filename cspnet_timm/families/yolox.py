@@ -190,12 +190,12 @@ def _keras_layers(own: StateDict) -> Dict[int, List[Dict[str, str]]]:
         layers[stage] = [{**conv, **norm} for (_, conv), (_, norm) in zip(convs, norms)]
     stages: List[List[Dict[str, str]]] = []
     chs = 0
-    for layer in layers.pop(_ALL_STAGES, ()):  # a stage's last convolution alone has twice the channels of its first
-        out_chs = own[layer['conv.weight']].shape[0]
+    for keys in layers.pop(_ALL_STAGES, []):  # a stage's last convolution alone has twice the channels of its first
+        out_chs = own[keys['conv.weight']].shape[0]
         if not chs:
             stages.append([])
             chs = 2 * out_chs
-        stages[-1].append(layer)
+        stages[-1].append(keys)
         chs = 0 if out_chs == chs else chs
     layers.update(enumerate(stages, 2))
     if sorted(layers) != [0, 2, 3, 4, 5]:
