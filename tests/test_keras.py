@@ -31,18 +31,25 @@ def tiny():
     return load_fixture('yolox_tiny_keras')
 
 
+def places(layouts, layout):
+    """Where each array lies: as Keras was seen to write it, or as it does from what was seen."""
+    if layout == 'nested':  # the backbone is one layer of a classifier
+        return [re.sub(r'^(sequential\w*|dark\d_csp)/', 'csp_dark_net_backbone/', place) for place in layouts['named']]
+    if layout == 'windows':  # a name with the separator of its paths in it
+        return [place.rpartition('/vars/')[0].replace('/', '\\') + place[place.index('/vars/'):]
+                for place in layouts['keras2.12']]
+    return layouts[layout]
+
+
 def write(path, fixture, layout='released', classifier=True, prefix=''):
     """The fixture's weights in a file as Keras lays it out."""
     info, state_dict, _, _ = fixture
     with h5py.File(path, 'w') as file:
-        if layout != 'keras3':
+        if layout in ('released', 'named', 'nested'):
             group = file.require_group(prefix) if prefix else file
             group.attrs['keras_version'] = '2.11.0'
             group.attrs['layer_names'] = np.array([b'sequential', b'dark2_csp'])
-        places = info['layouts'].get(layout) or [  # nested: the backbone is one layer of a classifier
-            re.sub(r'^(sequential\w*|dark\d_csp)/', 'csp_dark_net_backbone/', place)
-            for place in info['layouts']['named']]
-        for place, value in zip(places, state_dict.values()):
+        for place, value in zip(places(info['layouts'], layout), state_dict.values()):
             if classifier or ('predictions' not in place and 'dense' not in place):
                 order = (2, 3, 1, 0) if value.ndim == 4 else tuple(reversed(range(value.ndim)))
                 file[prefix + place] = value.permute(order).numpy()
@@ -84,7 +91,8 @@ def test_the_released_layout_gives_the_references_maps(tiny, released):
 
 
 @pytest.mark.parametrize('layout, prefix', [
-    ('named', 'model_weights/'), ('nested', ''), ('keras3', ''), ('keras3', 'layers/functional/')])
+    ('named', 'model_weights/'), ('nested', ''), ('keras2.12', ''), ('windows', ''),
+    ('keras3', ''), ('keras3', 'layers/functional/')])
 def test_other_layouts_are_the_same_weights(layout, prefix, tiny, released, tmp_path):
     path = write(tmp_path / 'a.weights.h5', tiny, layout, prefix=prefix)
     with open_checkpoint(path) as a, open_checkpoint(released) as b:

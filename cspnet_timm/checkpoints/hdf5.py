@@ -32,7 +32,8 @@ _NUMBERED: Dict[str, Dict[int, Tuple[str, ...]]] = {
     r'dense(?:_\d+)?': {1: ('weight',), 2: ('weight', 'bias')},
     r'batch_normalization(?:_\d+)?': {4: ('weight', 'bias', 'running_mean', 'running_var')},
 }
-_ASIDE = re.compile(r'optimizer(_weights)?|metrics|_layer_checkpoint_dependencies|top_level_model_weights')
+_ASIDE = re.compile(r'optimizer(_weights)?|metrics|top_level_model_weights')
+_CONTAINERS = ('layers', '_layer_checkpoint_dependencies')  # Keras 3's, and that of Keras 2.12 and 2.13
 
 
 def import_h5py() -> Any:
@@ -166,7 +167,7 @@ def _walk(h5py: Any, root: Any, others: List[str]) -> Iterator[Tuple[str, Any]]:
                     if len(child):
                         others.append(name)
                 else:
-                    pending.append((f'{path}{name}/', depth + 1, child))
+                    pending.append((path + name.replace('\\', '/') + '/', depth + 1, child))  # as written on Windows
             elif isinstance(child, h5py.Dataset) and child.shape is not None and _dtype(child) is not None:
                 yield path + name, child
             else:
@@ -215,7 +216,7 @@ def _torch_names(arrays: Dict[str, Any]) -> Dict[str, str]:
         if layer.endswith('vars') and leaf.isdecimal():
             words = _numbered(layer, counts[layer])
             leaf = words[int(leaf)] if words is not None and int(leaf) < len(words) else f'vars.{leaf}'
-            parts = [part for part in layer.split('/')[:-1] if part != 'layers']
+            parts = [part for part in layer.split('/')[:-1] if part not in _CONTAINERS]
         else:
             leaf = _LEAVES.get(leaf, leaf)
             parts = layer.split('/') if layer else []

@@ -145,6 +145,7 @@ _SINGLE = (
     ('dark5_spp_conv2', 'layer4.spp.conv2'),
 )
 _KERAS_CSP = re.compile(r'(?:.*\.)?(?:dark(\d)_csp|cross_stage_partial(?:_(\d+))?)\.')
+_UNNAMED = 1000  # stages have numbers of Keras' own from here on, with gaps between them
 _ALL_STAGES = -1  # those of a backbone that is one layer of a classifier, in Keras 2's files, are in one group
 _KERAS_NORM = re.compile(r'(?:\w+_bn|batch_normalization(?:_\d+)?)')
 _KERAS_HEAD = re.compile(r'(?:.*\.)?(?:predictions|dense)\.(weight|bias)')
@@ -176,7 +177,7 @@ def _keras_layers(own: StateDict) -> Dict[int, List[Dict[str, str]]]:
         if _KERAS_HEAD.fullmatch(key) or own[key].ndim not in (1, 4):
             continue
         match = _KERAS_CSP.match(key)
-        stage = 0 if match is None else int(match[1] or int(match[2] or 0) + 2)
+        stage = 0 if match is None else int(match[1] or int(match[2] or 0) + _UNNAMED)
         if match is None and re.search(r'\bconv_block\d+_(conv|bn)$', layer):
             stage = _ALL_STAGES
         kind = 'bn' if _KERAS_NORM.fullmatch(layer.rpartition('.')[2]) else 'conv'
@@ -198,6 +199,7 @@ def _keras_layers(own: StateDict) -> Dict[int, List[Dict[str, str]]]:
         stages[-1].append(keys)
         chs = 0 if out_chs == chs else chs
     layers.update(enumerate(stages, 2))
+    layers.update(enumerate([layers.pop(stage) for stage in sorted(layers) if stage >= _UNNAMED], 2))
     if sorted(layers) != [0, 2, 3, 4, 5]:
         raise ValueError(f'the cross stages {sorted(layers)[1:]} are not dark2 to dark5')
     return layers
