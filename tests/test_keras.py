@@ -154,7 +154,7 @@ def test_other_networks_of_the_project(change, message, tiny):
         model.load_state_dict(changed)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_state_dicts(data, tiny):
     """Whatever is missing, of another name or of another shape: one clear error."""
@@ -279,7 +279,7 @@ def test_what_stands_beside_the_weights_is_left(tmp_path):
         'a.weight': torch.float32, 'a.half': torch.float32}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files(data, tmp_path):
     """Cut off or changed anywhere: it is read, or there is one error."""
