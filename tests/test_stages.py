@@ -72,7 +72,9 @@ def test_compile(build):
             assert distance(compiled(x), model(x)) < 1e-5
 
 
-@pytest.mark.networks('stages_attention', whole=False)
+@pytest.mark.parametrize('network', [  # the others' blocks are among these, but for what joins them
+    'stages_attention', *(pytest.param(name, marks=pytest.mark.slow) for name in ('stages_paper', 'stages_detectors')),
+])
 def test_compile_for_training(build):
     """The second batch size makes the graph dynamic, and no other compiles again."""
     model = build(num_classes=10).train()
@@ -105,7 +107,8 @@ def export(model):
         model, (image(2, EXAMPLE_SIZE),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
 
 
-@pytest.mark.networks('stages_detectors')
+@pytest.mark.parametrize('network', [  # the other small ones are exported on their way to ONNX
+    'stages_detectors', *(pytest.param(name, marks=pytest.mark.slow) for name in FEW)])
 def test_export(build):
     model, x = Everything(build()).eval(), image(*OTHER)
     program = export(model)

@@ -109,8 +109,7 @@ def _compiled(units: Sequence[str]) -> ctypes.CDLL:
         raise RuntimeError('The native engine is compiled on the machine it runs on, and no C++ compiler was found '
                            '(g++, c++, clang++ or $CXX).')
     command = [*compiler, *FLAGS, *(f'-m{u.replace("_", "-" if "amx" in u else "")}' for u in units)]
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in ('.cpp', '.h'))
-    made_of = [*(path.read_bytes() for path in sources), shlex.join(command).encode(), _version(tuple(compiler))]
+    made_of = [_sources(), shlex.join(command).encode(), _version(tuple(compiler))]
     key = hashlib.sha256(b'\0'.join(made_of)).hexdigest()[:24]
     path = cache_dir() / f'engine-{key}.so'
     if not path.exists():
@@ -132,6 +131,13 @@ def _compiled(units: Sequence[str]) -> ctypes.CDLL:
             if os.path.exists(temporary):
                 os.unlink(temporary)
     return _load(str(path))
+
+
+@functools.cache
+def _sources() -> bytes:
+    """What the sources were when this process first asked: they belong to the Python that it runs."""
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in ('.cpp', '.h'))
+    return hashlib.sha256(b'\0'.join(path.read_bytes() for path in sources)).digest()
 
 
 @functools.cache
