@@ -65,7 +65,7 @@ def check_plan(plan: Plan, x: torch.Tensor, source: Source, precision: str, thre
         # Several roundings that fall elsewhere are as far off as those of the reference are, not as their sum.
         bound = 6 * np.abs(a - b).max() + 2 ** -7 * np.abs(a).max() + 1e-30
         if precision == 'int8':
-            bound = bound * 3 + 2 * max(reference.step_and_zero(plan.ranges[v], smallest)[0], 1e-30)
+            bound = bound * 3 + 2 * max(reference.steps_and_zeros(plan, v, smallest)[0].max(), 1e-30)
         error = np.minimum(np.abs(y - a), np.abs(y - b)).max()
         assert error <= bound, f'output {v} is {error} off, {bound} allowed'
     for n in (1, 2, 3, 5):

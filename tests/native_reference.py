@@ -131,9 +131,23 @@ def step_and_zero(numbers: Range, smallest: float) -> Tuple[float, float]:
     return float(np.float32(step)), float(round(-low / step))
 
 
-def to_bytes(x: np.ndarray, numbers: Range, smallest: float) -> np.ndarray:
+def steps_and_zeros(plan: Any, k: int, smallest: float, alone: bool = True) -> Tuple[np.ndarray, np.ndarray]:
+    """The same for each channel of a plan's value ``k``, ``(C, 1, 1)``; of all that has one range ``(1, 1, 1)``.
+
+    Args:
+        plan: The plan.
+        k: The value.
+        smallest: A step at least.
+        alone: Whether channels have the ranges of their own, where the plan has such.
+    """
+    each = plan.tensors.get(f'{k - 1}.range') if alone else None
+    ranges = [plan.ranges[k]] if each is None else [(low, high, 0.) for low, high in each.tolist()]
+    found = np.array([step_and_zero(numbers, smallest) for numbers in ranges])
+    return found[:, :1, None], found[:, 1:, None]
+
+
+def to_bytes(x: np.ndarray, step: np.ndarray, zero: np.ndarray) -> np.ndarray:
     """Rounded as maps in bytes are, and what does not fit cut off."""
-    step, zero = step_and_zero(numbers, smallest)
     return (np.clip(np.rint(x / step + zero), 0, 255) - zero) * step
 
 
@@ -172,7 +186,8 @@ def run(plan: Any, x: np.ndarray, rounded: str = 'no', smallest: float = 1e-20) 
     def kept(v: np.ndarray, k: int) -> np.ndarray:
         if rounded == 'no':
             return v
-        return to_bfloat16(v) if rounded == 'bfloat16' else to_bytes(to_bfloat16(v), plan.ranges[k], smallest)
+        v = to_bfloat16(v)
+        return v if rounded == 'bfloat16' else to_bytes(v, *steps_and_zeros(plan, k, smallest))
 
     shapes = plan.shapes(*x.shape[2:])
     values: List[Any] = [kept(x, 0)]

@@ -224,6 +224,11 @@ class AfterAConv(nn.Module):
         return y, self.layer(y)
 
 
+def channel_range(plan, v):
+    """The ends of each channel of a value, ``(C, 1, 1)``."""
+    return plan.tensors[f'{v - 1}.range'][..., None, None].unbind(1)
+
+
 @runs_here
 @pytest.mark.usefixtures('level')
 @pytest.mark.parametrize('joined', [False, True], ids=['one', 'joined'])
@@ -238,22 +243,24 @@ def test_layers_of_bytes(conv, joined):
     chs = conv.conv.in_channels
     model = randomize(AfterAConv(copy.deepcopy(conv), chs, joined)).eval()
     model.first[-1].weight.data *= len(model.first)
-    if not conv.conv.groups > 1 and not joined:  # weights that bytes have
+    x = images(2, 4, 9, 21)
+    if not conv.conv.groups > 1 and not joined:  # weights that bytes have, times the steps of what they read
+        plan = calibrate(lower(model, x), [x])
+        low, high = channel_range(plan, plan.outputs[0][0])
         weight = model.layer.conv.weight.data
         weight.copy_((weight / weight.flatten(1).abs().amax(dim=1)[:, None, None, None] * 127).round() / 127)
-        weight /= chs * weight[0, 0].numel() ** 0.5 / 8
-    x = images(2, 4, 9, 21)
+        weight /= chs * weight[0, 0].numel() ** 0.5 / 8 * (high - low) / (high - low).mean()
     plan = calibrate(lower(model, x), [x])
     for i in range(len(plan.operations)):  # the plan's copy is in bfloat16
         if plan.tensors.get(f'{i}.weight', x).shape == model.layer.conv.weight.shape:
             plan.tensors[f'{i}.weight'] = model.layer.conv.weight.detach()
     read, got = NativeEngine(plan, 2, 'int8')(x)
-    low, high, _ = plan.ranges[plan.outputs[1][0]]
+    low, high = channel_range(plan, plan.outputs[1][0])
     step = (high - low) / 255
-    zero = round(-low / step)
+    zero = (-low / step).round()
     with torch.no_grad():
         expected = model.layer.double()(read.double())
-    error = (got / step - (expected / step).clamp(-zero, 255 - zero)).abs()
+    error = (got / step - (expected / step).maximum(-zero).minimum(255 - zero)).abs()
     exact = not joined and (conv.conv.groups == 1 or conv.conv.groups == conv.conv.out_channels)
     assert error.max() < (0.85 if exact else 4) and error.mean() < (0.27 if exact else 0.5)
 
@@ -266,12 +273,12 @@ def test_layers_of_bytes_hold_what_calibration_did_not_show(act):
     model = randomize(AfterAConv(OneConv(32, 32, 3, 1, 1, act=act), 32)).eval()
     x = images(1, 4, 16, 16)
     plan = calibrate(lower(model, x), [x])
-    low, high, _ = plan.ranges[plan.outputs[1][0]]
+    low, high = channel_range(plan, plan.outputs[1][0])
     engine = NativeEngine(plan, 1, 'int8')
     for factor in (2, 4, 1000):
         read, got = engine(factor * x)
         with torch.no_grad():
-            expected = model.layer(read).clamp(low, high)
+            expected = model.layer(read).maximum(low).minimum(high)
         assert distance(got, expected) < 0.05
 
 
@@ -310,6 +317,28 @@ def test_ranges():
         assert min(least, 0) <= low <= 0.3 * min(least, 0) and 0.3 * max(most, 0) <= high <= max(most, 0)
         assert peak == max(-min(least, 0), most)
     assert plan.ranges is None
+
+
+def test_channels_have_ranges_of_their_own():
+    """Between a channel's own and that of the whole map, however few positions there are, and with room for more."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.MaxPool2d(7, 1, 3)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1., 0, 0], [0.01, 0, 0], [0, 0, 0], [0, 1, 0]])[..., None, None])
+        model[0].bias.zero_()
+    x, few = torch.rand(4, 3, 40, 40), torch.rand(1, 3, 1, 2)
+    plan = calibrate(lower(model, x, torch.float32), [x[:2], x[2:]])
+    ends = plan.tensors['0.range']
+    assert tuple(ends.shape) == (4, 2) and bool((ends[:, 0] <= 0).all() and (ends[:, 1] >= 0).all())
+    width = ends[:, 1] - ends[:, 0]
+    assert 1.1 < ends[0, 1] < 1.4 and 1.1 < ends[3, 1] < 1.4
+    assert 0.05 < width[1] / width[0] < 0.3 and 0.03 < width[2] / width[0] < 0.3  # a tenth of it, and what was nothing
+    with torch.no_grad():  # what a pooling takes is not cut off
+        y = model[:2](x)
+    assert bool((plan.tensors['1.range'][:, 1] >= y.amax((0, 2, 3))).all())
+    with torch.no_grad():
+        y, ends = model[0](few), calibrate(lower(model, few, torch.float32), [few]).tensors['0.range']
+    assert bool((ends[:, 0] <= y.amin((0, 2, 3))).all() and (ends[:, 1] >= y.amax((0, 2, 3))).all())
+    assert bool((ends[:, 1] - ends[:, 0] > 0.5 * (y.max() - y.min())).all())
 
 
 class Layers(nn.Module):
@@ -358,7 +387,8 @@ def test_what_costs_most_stays_in_bfloat16():
     """As few maps as a bound takes, and the error of all if it cannot be kept."""
     model = Layers().eval()
     with torch.no_grad():
-        model.layers[2].weight[0] *= 50  # a channel by whose range the others have few steps
+        model.layers[6].weight[0] *= 50  # by whose range others have few steps, as have the weights
+        model.layers[9].weight[:, 0] /= 50
     x = torch.nn.functional.interpolate(images(16, 3, 12, 12), scale_factor=4., mode='bilinear')
     plan = calibrate(lower(model, x[:1], torch.float32), [x[:8]])
     with torch.no_grad():
@@ -373,7 +403,7 @@ def test_what_costs_most_stays_in_bfloat16():
     assert not within(plan, [x[:8]], error, 1.).halves and list(tried) == [0]
     best = within(plan, [x[:8]], error, 0.7 * tried[0])
     assert error(best) <= 0.7 * tried[0] and 0 < len(best.halves) < 6
-    assert 'layers.3' in [best.names[v - 1] for v in best.halves]  # the activation behind that channel
+    assert 'layers.7' in [best.names[v - 1] for v in best.halves]  # the activation behind that channel
     again = Plan.from_bytes(*best.to_bytes())
     assert again.halves == best.halves
     for a, b in zip(NativeEngine(again, 2, 'int8')(x), NativeEngine(best, 1, 'int8')(x)):
@@ -551,6 +581,15 @@ def test_tensors_that_lie_are_refused():
     for wrong in (bad.double(), bad[1:], -bad, 0 * bad, bad / 0, 0 * bad / 0):
         with pytest.raises(ValueError, match=f'The plan.s tensor {unit} is no vector of {len(bad)} positive float32'):
             Plan.from_bytes(text, {**tensors, unit: wrong})
+    ends, count = name.replace('weight', 'range'), len(tensors[bias])
+    each = torch.tensor([[-1., 2.]]).repeat(count, 1)
+    Plan.from_bytes(text, {**tensors, ends: each})
+    for wrong in (each.double(), each[1:], -each, each[:, :1], each.flatten(), each / 0, 0 * each / 0, each * 1e30):
+        with pytest.raises(ValueError, match=f'The plan.s tensor {ends} (is no ranges of|has {count - 1} ranges)'):
+            Plan.from_bytes(text, {**tensors, ends: wrong})
+    moved = next(i for i, op in enumerate(json.loads(text)['operations']) if op['op'] == 'pool')
+    with pytest.raises(ValueError, match=f'{moved}.range'):
+        Plan.from_bytes(text, {**tensors, f'{moved}.range': each})
     with pytest.raises(ValueError, match=f'{name} is missing'):
         Plan.from_bytes(text, {k: v for k, v in tensors.items() if k != name})
 

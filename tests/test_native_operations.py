@@ -120,7 +120,8 @@ def check_operation(source, c, size, op, weights, fused, precision, threads, bat
     if precision == 'int8':
         plan.halves = [v for v in (1, tested[-1]) if source.pick([False, False, True])]
         plan = calibrate(plan, [x])
-        give_units(plan, native_reference.step_and_zero(plan.ranges[1], smallest)[0], source)
+        read_steps = np.broadcast_to(native_reference.steps_and_zeros(plan, 1, smallest)[0].ravel(), c)
+        give_units(plan, read_steps, source)
     engine = NativeEngine(plan, threads, precision)
     shapes = plan.shapes(*size)
     got = [y.double().numpy() for y in engine(x)]
@@ -143,9 +144,8 @@ def check_operation(source, c, size, op, weights, fused, precision, threads, bat
         weight = None
         if (precision == 'int8' and plan.operations[i]['op'] == 'conv' and not weights_are_words(plan, i)
                 and 1 not in plan.halves):
-            scales = np.full(c, native_reference.step_and_zero(plan.ranges[1], smallest)[0])
             weight = native_reference.weights_in_bytes(
-                plan.tensors[f'{i}.weight'].double().numpy(), scales, op['groups'], plan.ranges[i + 1][2],
+                plan.tensors[f'{i}.weight'].double().numpy(), read_steps, op['groups'], plan.ranges[i + 1][2],
                 len(tested) > 1 and plan.operations[i + 1]['op'] == 'act',
                 plan.tensors[f'{i}.unit'].double().numpy() if f'{i}.unit' in plan.tensors else None)
         values[v] = native_reference.operation(plan, i, values, shapes[v], weight)
@@ -154,16 +154,14 @@ def check_operation(source, c, size, op, weights, fused, precision, threads, bat
     assert result.shape == expected.shape
     largest = np.abs(expected).max() + 1e-30
     if in_bytes and op['op'] == 'cat':
-        ranges = {v: plan.ranges[1 if v == 4 else v] for v in op['xs']}  # a maximum keeps the steps of its map
-        steps = [np.full(shapes[v][0], native_reference.step_and_zero(ranges[v], smallest)[0]) for v in op['xs']]
-        bound = np.concatenate(steps)[:, None, None] * 0.501
-        expected = np.concatenate([
-            native_reference.to_bytes(values[v], ranges[v], smallest) for v in op['xs']], axis=1)
+        numbers = {v: native_reference.steps_and_zeros(plan, 1 if v == 4 else v, smallest, v not in plan.halves)
+                   for v in op['xs']}  # a maximum keeps the steps of its map
+        bound = np.concatenate([np.broadcast_to(numbers[v][0], (shapes[v][0], 1, 1)) for v in op['xs']]) * 0.501
+        expected = np.concatenate([native_reference.to_bytes(values[v], *numbers[v]) for v in op['xs']], axis=1)
     elif in_bytes and (op['op'] in ('slice', 'upsample') or op.get('kind') == 'max'):
         bound = 1e-5 * largest
     elif in_bytes:
-        numbers = plan.ranges[1 if op['op'] == 'pool' else tested[-1]]
-        step, zero = native_reference.step_and_zero(numbers, smallest)
+        step, zero = native_reference.steps_and_zeros(plan, 1 if op['op'] == 'pool' else tested[-1], smallest)
         expected = np.clip(expected, -zero * step, (255 - zero) * step)
         # Beside tiles what follows the sums is float16.
         bound = (0.501 if (exact and not engine.tiles) or op['op'] == 'pool' else 1.05) * step + 2e-3 * largest
@@ -175,10 +173,12 @@ def check_operation(source, c, size, op, weights, fused, precision, threads, bat
     assert not wrong.any(), f'{wrong.sum()} of {wrong.size}, by {np.abs(result - expected).max()}, largest {largest}'
 
 
-def give_units(plan, step, source):
+def give_units(plan, steps, source):
     """Half of the dense convolutions get units of their own, by which some weights are cut off."""
     if plan.operations[4]['op'] == 'conv' and not weights_are_words(plan, 4) and source.pick([True, False]):
-        unit = plan.tensors['4.weight'].flatten(1).abs().amax(1) * step / 127
+        weight, groups = plan.tensors['4.weight'], plan.operations[4]['groups']
+        scales = torch.from_numpy(steps.copy()).view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+        unit = (weight * scales.reshape(len(weight), -1)[..., None, None]).flatten(1).abs().amax(1) / 127
         factors = torch.tensor([source.pick([1., 0.7, 1.2, 2.5]) for _ in unit])
         plan.tensors['4.unit'] = (unit * factors).clamp(min=1e-30).float()
 

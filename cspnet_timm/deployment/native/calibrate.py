@@ -1,14 +1,15 @@
 """What a plan's maps hold when it is given images, from which maps of bytes take their steps."""
-from typing import Dict, Iterator, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from .plan import Plan
-from .ranges import Observer
+from .plan import MADE, Plan
+from .ranges import Observer, channel_ranges
 
 __all__ = ['calibrate', 'compute', 'evaluate', 'readers']
 
+POSITIONS = 1 << 12  # of each map that its channels' ranges are taken from
 MOVED = ('slice', 'pool', 'upsample')
 
 
@@ -124,15 +125,32 @@ def calibrate(plan: Plan, batches: Sequence[torch.Tensor]) -> Plan:
     """
     generator = torch.Generator().manual_seed(0)
     observers = [Observer(generator) for _ in range(len(plan.operations) + 1)]
+    each = max(POSITIONS // len(batches), 1)
+    seen: List[List[torch.Tensor]] = [[] for _ in observers]  # by batch, of each channel the ends, (2, C)
+    counts = [0] * len(observers)
     with torch.no_grad():
         for batch in batches:
-            for observer, v in zip(observers, evaluate(plan, batch.float())):
-                observer.see(v)
+            for k, v in enumerate(evaluate(plan, batch.float())):
+                observers[k].see(v)
+                v = v.flatten(2)
+                at = torch.randperm(len(v) * v.shape[2], generator=generator)[:each].to(v.device)
+                some = v[at // v.shape[2], :, at % v.shape[2]].nan_to_num(0.)
+                seen[k].append(torch.stack(some.aminmax(dim=0)).cpu())
+                counts[k] += len(at)
     # What is only moved keeps the steps that it has: a pooling leaves the largest values, and a range for all others
     # would cut them off.
-    for op, observer in reversed(list(zip(plan.operations, observers[1:]))):
+    ends = [(v[:, 0].amin(0), v[:, 1].amax(0)) for v in map(torch.stack, seen)]
+    for i, op in reversed(list(enumerate(plan.operations))):
         if op['op'] in MOVED:
-            observers[op['x']].samples += observer.samples
+            observers[op['x']].samples += observers[i + 1].samples
+            part = slice(op.get('start'), op.get('stop'))
+            for before, moved, more in zip(ends[op['x']], ends[i + 1], (torch.minimum, torch.maximum)):
+                before[part] = more(before[part], moved)
     image = observers[0]  # whose black and white are to be kept
     ranges = [(image.low, image.high, image.largest), *((*o.range(), o.largest) for o in observers[1:])]
-    return Plan(plan.input_shape, plan.operations, plan.outputs, plan.tensors, ranges, plan.halves, plan.names)
+    tensors = dict(plan.tensors)
+    for i, op in enumerate(plan.operations):
+        low, high, _ = ranges[i + 1]
+        if op['op'] in MADE and low < high:
+            tensors[f'{i}.range'] = channel_ranges(torch.stack(ends[i + 1], 1), counts[i + 1], (low, high))
+    return Plan(plan.input_shape, plan.operations, plan.outputs, tensors, ranges, plan.halves, plan.names)

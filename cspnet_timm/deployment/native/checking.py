@@ -217,7 +217,7 @@ class _Check:
                     raise self.fail(f'a step of rows {step.y0} to {step.y1}, where {what} has room for {rows} at once')
 
     def tables(self, steps: set) -> None:
-        """Scales, zeros and fills of maps in bytes have a number for each channel that is read."""
+        """Scales, zeros and fills of maps in bytes have a number for each channel that is read or written."""
         f = self.f
         kind = f['kind']
         up = (f['in_c'] + 31) // 32 * 32
@@ -227,6 +227,10 @@ class _Check:
         if f['in2_8'] and self.has_second() and kind in (KIND.BINARY, KIND.DEPTHWISE):
             self.known(f['in2_scale'], 4 * up, 'in2_scale')
             self.known(f['in2_zero'], 4 * up, 'in2_zero')
+        if f['out8'] and kind in (KIND.INPUT, KIND.BINARY, KIND.DEPTHWISE):
+            up = (f['out_c'] + 31) // 32 * 32
+            self.known(f['out_inv'], 4 * up, 'out_inv')
+            self.known(f['out_zero'], 4 * up, 'out_zero')
 
     def window(self) -> None:
         """Each window of a pooling lies on the map, at least in part."""

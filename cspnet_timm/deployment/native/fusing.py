@@ -3,12 +3,12 @@
 Activations and sums go into the convolution before them, and convolutions that read the same map become one.
 """
 import itertools
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
 from .graph import Layer, Value, link
-from .plan import Plan, Range, nearest
+from .plan import MADE, Plan, Range, nearest
 
 __all__ = ['fuse']
 
@@ -103,7 +103,7 @@ def _simplified(plan: Plan) -> List[Tuple[int, Dict[str, Any]]]:
 
 
 def _quantize(plan: Plan, values: List[Value], tiles: bool) -> None:
-    """Say which maps lie in bytes, and how: a map has one scale, a concatenation those of its parts."""
+    """Say which maps lie in bytes, and how: channels have scales of their own if the plan has their ranges."""
     assert plan.ranges is not None
     vectors = {v for v, vector in plan.outputs if vector}
     means = set()  # and what becomes of them
@@ -115,9 +115,9 @@ def _quantize(plan: Plan, values: List[Value], tiles: bool) -> None:
         source = values[parts[0]]
         if kind == 'mean' or (any(v in means for v in parts) and not any(values[v].is8 for v in parts)):
             means.add(i + 1)
-        elif kind in ('conv', 'act', 'add', 'mul'):
+        elif kind in MADE:
             if i + 1 not in vectors and i + 1 not in plan.halves:
-                _put_in_bytes(out, plan.ranges[i + 1], tiles)
+                _put_in_bytes(out, plan.ranges[i + 1], tiles, plan.tensors.get(f'{i}.range'))
         elif kind == 'cat':
             if any(values[v].is8 for v in parts):
                 scales = [_scale_and_zero(plan.ranges[v], tiles) if not values[v].is8 else None for v in parts]
@@ -139,8 +139,9 @@ def _scale_and_zero(numbers: Range, tiles: bool) -> Tuple[float, float]:
     return step, float(round(-low / step))
 
 
-def _put_in_bytes(value: Value, numbers: Range, tiles: bool) -> None:
-    value.scale, value.zero = (torch.full((value.c,), v) for v in _scale_and_zero(numbers, tiles))
+def _put_in_bytes(value: Value, numbers: Range, tiles: bool, each: Optional[torch.Tensor] = None) -> None:
+    ranges = [numbers] * value.c if each is None else [(low, high, 0.) for low, high in each.tolist()]
+    value.scale, value.zero = torch.tensor([_scale_and_zero(r, tiles) for r in ranges]).unbind(1)
 
 
 def _regroup(weight: torch.Tensor, groups: int) -> Tuple[torch.Tensor, int]:

@@ -27,12 +27,6 @@ class Value:
         self.zero: Optional[torch.Tensor] = None
 
     @property
-    def step(self) -> float:
-        """Of a map in bytes with one scale, what a step stands for."""
-        assert self.scale is not None
-        return float(self.scale[0])
-
-    @property
     def is8(self) -> bool:
         """Whether it lies in bytes, and not in bfloat16."""
         return self.scale is not None
@@ -48,6 +42,12 @@ class Value:
         assert self.scale is not None and self.zero is not None
         scale, zero = (F.pad(v, (0, -self.c % 64 + 64)) for v in (self.scale, self.zero))
         return scale, zero, zero.to(torch.uint8)
+
+    @property
+    def inverse(self) -> torch.Tensor:
+        """One over each of the scales, with room behind them."""
+        assert self.scale is not None
+        return F.pad(1 / self.scale, (0, -self.c % 64 + 64))
 
 
 class Buffer:

@@ -8,6 +8,7 @@ import torch
 __all__ = ['ACTIVATIONS', 'Plan', 'UnsupportedNetwork']
 
 ACTIVATIONS = ('none', 'relu', 'leaky_relu', 'silu', 'hardswish', 'hardsigmoid', 'sigmoid', 'mish', 'relu6')
+MADE = ('conv', 'act', 'add', 'mul')  # operations that give numbers of their own, and do not move others'
 POOLS = ('max', 'mean', 'mean_padded')
 
 # What a plan may ask for at most; far above any network, far below what overflows.
@@ -60,7 +61,8 @@ class Plan:
             outputs: Values that are returned, each with True if it is a vector and not a map.
             tensors: ``'<i>.weight'`` and ``'<i>.bias'`` of each convolution ``i``; and, where its weights in bytes have
                 been chosen, ``'<i>.unit'``, of each output channel what a step of them stands for, times a step of what
-                is read.
+                is read. For maps of bytes, ``'<i>.range'``, ``(C, 2)``: for each channel of what operation ``i`` gives,
+                a range of its own instead of that of ``ranges``.
             ranges: For maps of bytes, of the input and of what each operation gives, the ends of the range that 256
                 steps shall cover, with zero between them, and the largest magnitude that is expected at all.
             halves: Of a plan with ranges, the values that stay in bfloat16.
@@ -182,7 +184,14 @@ class Plan:
                     _integer(op['like'], f'{where}.like', 0, i)
             elif op['op'] == 'zeros':
                 _integer(op['channels'], f'{where}.channels', 1, MAX_CHANNELS)
-            elif op['op'] == 'conv':
+            if f'{i}.range' in self.tensors:
+                names.add(f'{i}.range')
+                ends = self._tensor(f'{i}.range')
+                if op['op'] not in MADE or ends.dtype != torch.float32 or ends.ndim != 2 or ends.shape[1] != 2 or not (
+                        bool(((ends[:, 0] <= 0) & (ends[:, 1] >= 0) & (ends.abs() < 1e30).all(1)).all())):
+                    raise ValueError(f'The plan\'s tensor {i}.range is no ranges of float32 with zero between their '
+                                     f'ends, of what {where} makes.')
+            if op['op'] == 'conv':
                 _pair(op['pad'], f'{where}.pad', 0, MAX_KERNEL)
                 for key in ('stride', 'dilation'):
                     _integer(op[key], f'{where}.{key}', 1, MAX_KERNEL)
@@ -268,6 +277,9 @@ class Plan:
                     raise ValueError(f'The plan\'s field {where}.like makes a map smaller.')
             elif kind == 'zeros':
                 c = op['channels']
+            count = len(self.tensors.get(f'{i}.range', range(c)))
+            if count != c:
+                raise ValueError(f'The plan\'s tensor {i}.range has {count} ranges, and {where} gives {c} channels.')
             if h < 1 or w < 1:
                 raise ValueError(f'The plan\'s field {where} leaves a map of {h} x {w} at {height} x {width}.')
             if c > MAX_CHANNELS or max(h, w) > MAX_SIDE or c * h * w > MAX_ELEMENTS:

@@ -157,8 +157,8 @@ def _record(
         offset, stride, rows, place = _place(y)
         r.put(out_off=offset, out_ps=stride, out_rows=rows, out_place=place, out_h=y.h, out_w=y.w, out_c=y.c,
               out8=y.is8)
-        if y.is8:
-            r.put(out_inv=float_bits(1 / y.step), out_zero=float_bits(float(y.tables[1][0])))
+        if y.is8 and (layer.op == 'input' or layer.op in BINARIES or layer.depthwise):
+            r.put(out_inv=pool.keep(y.inverse), out_zero=pool.keep(y.tables[1]))
     if layer.op in ('conv', 'pool'):
         r.put(kh=layer['kernel'][0], kw=layer['kernel'][1], stride=layer['stride'], pad_h=layer['pad'][0],
               pad_w=layer['pad'][1], dil=layer.fields.get('dilation', 1))

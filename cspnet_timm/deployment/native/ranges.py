@@ -3,11 +3,14 @@ from typing import List, Optional, Tuple
 
 import torch
 
-__all__ = ['Observer', 'best_range']
+__all__ = ['Observer', 'best_range', 'channel_ranges']
 
 SAMPLES = 1 << 12  # values kept of each map of each batch
 MOST = 1 << 14  # of all batches together
 CLIPPED = 8.  # how much more an error counts that cuts a value off: those of an image come together, and add up
+MARGIN = 1.25  # how much wider the range is, for values that calibration has not shown
+FEW = 100  # positions of a channel that say little of what it may hold
+NARROWEST = 1 / 256  # of the map's range, what a channel's own is taken for at least
 SHARES = torch.linspace(1., 0.3, 29)  # of a map's largest value that are tried for the last step
 
 
@@ -53,6 +56,28 @@ class Observer:
         if len(values) > MOST:
             values = values[torch.randperm(len(values), generator=self.generator)[:MOST].to(values.device)]
         return best_range(values, self.low, self.high, symmetric)
+
+
+def channel_ranges(ends: torch.Tensor, count: int, whole: Tuple[float, float]) -> torch.Tensor:
+    """For each channel a range between its own and that of the whole map, and wider by a margin.
+
+    A channel's own would leave its values the most steps; but the weights that read it are rounded in steps as well,
+    times the map's, and would become as unequal as the channels are. So it is their geometric mean. Where few positions
+    were seen, it is nearer to that of the whole map.
+
+    Args:
+        ends: Of each channel the least and the greatest value, ``(C, 2)``.
+        count: How many positions were seen.
+        whole: The range that was found for all of them together.
+
+    Returns:
+        The ranges' ends, ``(C, 2)``.
+    """
+    wanted = torch.tensor(whole)
+    ends = torch.stack([ends[:, 0].minimum(NARROWEST * wanted[0]), ends[:, 1].maximum(NARROWEST * wanted[1])], 1)
+    share = 0.5 + 0.5 * FEW / (FEW + count)
+    wider = ((wanted[1] - wanted[0]) / (ends[:, 1] - ends[:, 0])).clamp(min=1.).pow(share)
+    return MARGIN * wider[:, None] * ends
 
 
 def best_range(values: torch.Tensor, low: float, high: float, symmetric: bool = False) -> Tuple[float, float]:

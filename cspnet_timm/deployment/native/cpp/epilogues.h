@@ -114,18 +114,17 @@ static inline void finish_bytes(char* arena, const Pending& e, int r0, int r1, _
     const char* const residual = arena + k.res_off;
     const __mmask32 mask = k.nstore >= 32 ? ~0u : (1u << k.nstore) - 1;
     const __m512i back = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    __m512 mul[2], add[2], res_mul[2], curve[3][2];
+    __m512 mul[2], add[2], inv[2], res_mul[2], curve[3][2];
     for (int i = 0; i < 2; i++) {
         mul[i] = _mm512_loadu_ps(q.mul + 16 * i);
         add[i] = _mm512_loadu_ps(q.add + 16 * i);
+        inv[i] = _mm512_loadu_ps(q.inv + 16 * i);
         res_mul[i] = _mm512_loadu_ps(q.res_mul + 16 * i);
     }
-    const __m512 inv = _mm512_set1_ps(q.inv[0]);  // a map has one scale
     if (SMOOTH) {
         const Curve& of = CURVES[ACT == SILU ? 0 : ACT == SIGMOID ? 1 : 2];
         for (int i = 0; i < 3; i++)
-            for (int h = 0; h < 2; h++) curve[i][h] = _mm512_mul_ps(_mm512_load_ps(of.c[i] + 16 * h), inv);
-        if (RES != 2) for (int h = 0; h < 2; h++) curve[0][h] = _mm512_add_ps(curve[0][h], _mm512_set1_ps(q.add[0]));
+            for (int h = 0; h < 2; h++) curve[i][h] = _mm512_load_ps(of.c[i] + 16 * h);
     }
     auto numbers = [&](int row, int i, i64 pos) __attribute__((always_inline)) {  // of 16 channels
         __m512 x = _mm512_cvtepi32_ps(_mm512_load_si512((const char*)e.acc + row * 128 + 64 * i)), res;
@@ -142,12 +141,8 @@ static inline void finish_bytes(char* arena, const Pending& e, int r0, int r1, _
             __m512 y = _mm512_permutex2var_ps(curve[2][0], piece, curve[2][1]);
             y = _mm512_fmadd_ps(y, x, _mm512_permutex2var_ps(curve[1][0], piece, curve[1][1]));
             x = _mm512_fmadd_ps(y, x, _mm512_permutex2var_ps(curve[0][0], piece, curve[0][1]));
-            if (RES == 2) x = _mm512_add_ps(x, rest);
-        } else {
-            x = activate<ACT>(x, slope);
-            x = LINEAR ? _mm512_add_ps(x, rest) : _mm512_fmadd_ps(x, inv, rest);
-        }
-        return _mm512_cvtps_epi32(x);
+        } else x = activate<ACT>(x, slope);
+        return _mm512_cvtps_epi32(LINEAR ? _mm512_add_ps(x, rest) : _mm512_fmadd_ps(x, inv[i], rest));
     };
     if (k.nstore > 16) {
         for (int r = r0; r < r1; r += 2) {

@@ -256,7 +256,6 @@ static void run_zeros(const Layer& l, const Step& s, char* arena) {
 
 // A row of images as bytes, which are [column][channel].
 static void input_bytes(const Layer& l, const float* in, const Job& job, char* out) {
-    const __m512 inv = _mm512_set1_ps(as_float(l.out_inv)), zero = _mm512_set1_ps(as_float(l.out_zero));
     alignas(16) static const struct Order {  // of 48 bytes in three registers those of each channel
         int8_t from[3][3][16];
         constexpr Order() : from() {
@@ -271,6 +270,7 @@ static void input_bytes(const Layer& l, const float* in, const Job& job, char* o
             const float* const at = in + c * job.stride_c + x * job.stride_w;
             alignas(64) float row[16] = {};
             if (!whole) for (i64 i = 0; i < n; i++) row[i] = at[i * job.stride_w];
+            const __m512 inv = _mm512_set1_ps(((const float*)l.out_inv)[c]), zero = _mm512_set1_ps(((const float*)l.out_zero)[c]);
             return to_bytes(_mm512_fmadd_ps(whole ? _mm512_loadu_ps(at) : _mm512_load_ps(row), inv, zero));
         };
         if (n == 16 && l.out_c == 3 && l.out_ps == 3) {

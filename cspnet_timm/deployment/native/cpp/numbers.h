@@ -142,6 +142,6 @@ static inline void load_map(const char* p, i64 is8, i64 scale, i64 zero, i64 c, 
 }
 static inline void store_map(char* p, const Layer& l, i64 c, i64 n, __m512 lo, __m512 hi) {
     if (!l.out8) { store_bf16(p + c * 2, narrow2(lo, hi), n); return; }
-    const __m512 inv = _mm512_set1_ps(as_float(l.out_inv)), zero = _mm512_set1_ps(as_float(l.out_zero));
-    store_bytes(p + c, _mm512_fmadd_ps(lo, inv, zero), _mm512_fmadd_ps(hi, inv, zero), n);
+    store_bytes(p + c, _mm512_fmadd_ps(lo, floats(l.out_inv, c), floats(l.out_zero, c)),
+                _mm512_fmadd_ps(hi, floats(l.out_inv, c + 16), floats(l.out_zero, c + 16)), n);
 }

@@ -53,7 +53,7 @@ typedef uint16_t bf16;
     X(kh) X(kw) X(stride) X(pad_h) X(pad_w) X(dil) \
     X(act) X(act_param) /* a float's bits */ \
     X(res_mode) /* what in2 is added to: 0 nothing, 1 the sums, 2 the activation */ \
-    /* Maps in bytes: a byte q of channel c stands for (q - zero[c]) * scale[c]; written is y * out_inv + out_zero. */ \
+    /* Maps in bytes: a byte q of channel c stands for (q - zero[c]) * scale[c]; written is y * inv[c] + zero[c]. */ \
     X(in8) X(out8) X(in2_8) X(fill) /* pixels of zeros */ X(in_scale) X(in_zero) X(in2_scale) X(in2_zero) \
     X(out_inv) X(out_zero) \
     X(weights) X(bias) X(flow) \
