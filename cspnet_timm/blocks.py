@@ -459,7 +459,8 @@ class AttentionBlock(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(x)
         # Parts of the channels, put together again, are in the memory format of x; a reshaped v is not.
-        values = torch.cat(qkv.split(self.split_sizes, dim=1)[1::2], dim=1)
+        parts = qkv.split(self.split_sizes, dim=1)
+        values = torch.cat([parts[2 * head + 1] for head in range(self.num_heads)], dim=1)
         qkv = qkv.reshape(B, self.num_heads, 2 * self.key_dim + self.head_dim, H * W)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.head_dim], dim=2)
         if self.fused_attn:

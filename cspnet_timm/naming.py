@@ -71,17 +71,20 @@ def rename_keys(state_dict: StateDict, rules: Sequence[Rule]) -> StateDict:
     return out
 
 
-def roll_channels(state_dict: StateDict, key: str, dims: Sequence[int], bypass_chs: int) -> None:
+def roll_channels(state_dict: StateDict, key: str, dims: Sequence[int], bypass_chs: Optional[int] = None) -> None:
     """Turn the channel order [bypass, blocks] of one tensor into this package's [blocks, bypass], in place.
 
     Args:
         state_dict: The tensors.
         key: Name of the tensor, which may be missing.
         dims: Its dimensions that have the order.
-        bypass_chs: Channels of the bypass.
+        bypass_chs: Channels of the bypass, half of the dimension's if it is None. No other tensor may decide about it:
+            in a part of a file any of them may be missing.
     """
     if key in state_dict and state_dict[key].ndim > max(dims):
-        state_dict[key] = state_dict[key].roll([-bypass_chs] * len(dims), list(dims))
+        tensor = state_dict[key]
+        shifts = [-(tensor.shape[dim] // 2 if bypass_chs is None else bypass_chs) for dim in dims]
+        state_dict[key] = tensor.roll(shifts, list(dims))
 
 
 def focus_to_conv(weight: torch.Tensor) -> torch.Tensor:

@@ -154,11 +154,9 @@ def _rename(own: StateDict, whole: StateDict) -> StateDict:
             out[key] = torch.ones_like(value)  # the reference takes an alpha of exactly zero for none at all
     for layer in ('layer1', 'layer2', 'layer3', 'layer4'):  # the reference concatenates [bypass, blocks]
         merge = f'{layer}.csp.merge'
-        if (bias := out.get(f'{merge}.attn.fc.bias')) is not None:
-            half = bias.numel() // 2
-            roll_channels(out, f'{merge}.conv.conv.weight', (1,), half)
-            roll_channels(out, f'{merge}.attn.fc.weight', (0, 1), half)
-            roll_channels(out, f'{merge}.attn.fc.bias', (0,), half)
+        roll_channels(out, f'{merge}.conv.conv.weight', (1,))
+        roll_channels(out, f'{merge}.attn.fc.weight', (0, 1))
+        roll_channels(out, f'{merge}.attn.fc.bias', (0,))
     return out
 
 
