@@ -301,7 +301,7 @@ NETWORKS = {
             down(), stage(row(attention), fusion='first'), row(dark),
             stage(concatenated(row(dark, attention)), fusion='first')),
     )),
-    'padding': BackboneCfg(levels=(stem(6), *[level(down_same)] * 3)),
+    'padding': BackboneCfg(levels=(stem(6), *[level(down_same, row(dark))] * 3)),
     # The paper's: bottlenecks, inverted residuals, elastic and dense blocks, channels that are split.
     'paper': BackboneCfg(
         levels=(

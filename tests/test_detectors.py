@@ -529,7 +529,7 @@ def test_every_tag_tells_its_provenance(name):
 def test_every_detectors_network_has_a_tag():
     names = {name.partition('.')[0] for name in detector_tags()}
     registered = [m for f in DETECTORS for m in timm.list_models(f'{f}*')]
-    assert names == set(registered) and len(names) == 7 + 6 + 10 + 40 + 42
+    assert names == set(registered) and len(names) == 7 + 8 + 10 + 40 + 42
 
 
 ONE, ZERO = (1., 1., 1.), (0., 0., 0.)

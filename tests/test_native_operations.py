@@ -191,7 +191,8 @@ FUSED = ['nothing', 'act', 'add and act', 'act and add']
 
 
 @pytest.mark.parametrize('precision', ['bfloat16', 'int8'])
-@pytest.mark.parametrize('name', LEVELS)
+@pytest.mark.parametrize('name', [  # the engine is compiled for each
+    pytest.param(name, marks=pytest.mark.slow) if i else name for i, name in enumerate(reversed(LEVELS))])
 def test_operations(name, precision):
     """Every operation once at each precision and instruction set, with sizes, channels, batches and threads in turn."""
     turns = itertools.cycle(itertools.product((2, 1), (1, 2, 3, 5, 4), range(len(FUSED))))
