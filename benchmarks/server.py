@@ -71,15 +71,25 @@ def serve(backend: str, model: str, size: int, batch: int, most: int, calls: int
         slowest=max(max(row) - medians[n] for n, row in times.items()), memory=memory)
 
 
+def _conclusion(results: List[Dict[str, Any]]) -> List[str]:
+    if not results:
+        return []
+    first = min(results, key=lambda r: r['per_image'])
+    grown = max(r['memory'][-1] - r['memory'][1] for r in results)
+    return [f'`{first["backend"]}` takes least time for an image, {first["per_image"]:.2f} ms; once a tenth of the '
+            f'calls is done, every backend grows by less than {int(max(grown, 0)) + 1} MiB.', '']
+
+
 def table(report: Dict[str, Any]) -> List[str]:
     """The results as Markdown."""
     machine, size = report['machine'], report['size']
     lines = [
         f'# A server with dynamic batches, {report["date"]}', '',
+        *_conclusion(report['results']),
         f'{machine["device"]}, {machine["threads"]} threads: `{report["model"]}` at {size} × {size}, deployed for a '
         f'batch of {report["batch"]}, {report["calls"]} calls of 1 to {report["most"]} images in random order. '
         'Milliseconds; resident MiB before the first call, after a tenth of them, and at the end. `python '
-        'benchmarks/server.py` measures it.', '',
+        f'benchmarks/server.py --size {size}` measures it.', '',
         '| backend | | one image | most images | per image, median | 99 % | slowest call over the median of its '
         'batch | MiB | after a tenth | at the end |',
         '| --- | --- |' + ' ---: |' * 8]
