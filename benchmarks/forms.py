@@ -60,11 +60,18 @@ def measure(name: str, backend: str, x: torch.Tensor, precision: str, seconds: f
                 ratios={form: ms / times[0] for form, ms in zip(list(networks)[1:], times[1:])})
 
 
+def _conclusion(rows: List[Dict[str, Any]]) -> List[str]:
+    found = {form: [row['ratios'][form] for row in rows if form in row['ratios']] for form in FORMS}
+    gains = [
+        f'`{form}` {sum(r < 1 - WORTH for r in ratios)} of {len(ratios)}' for form, ratios in found.items() if ratios]
+    return [f'Networks that a form makes faster by 3 % or more: {", ".join(gains)}.', ''] if gains else []
+
+
 def table(report: Dict[str, Any]) -> List[str]:
     """The results as Markdown."""
     machine, rows = report['machine'], report['rows']
     lines = [
-        f'# What other forms of a network gain, {report["date"]}', '',
+        f'# What other forms of a network gain, {report["date"]}', '', *_conclusion(rows),
         f'{machine["device"]}, {machine["threads"]} threads, {report["backend"]} in {report["precision"]}, batch '
         f'{report["batch"]} at {report["size"]} × {report["size"]}: processor time of each form over that of the '
         f'network as it is. Other programs used {report["busy"]:.0%} of the processors.', '',
