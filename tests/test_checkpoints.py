@@ -324,7 +324,7 @@ def test_native_files_of_another_size(tmp_path):
 
 
 @settings(
-    max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+    max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.generate])  # each takes a second: too long to look for the smallest
 @given(st.data())
 def test_state_dicts_that_lack_or_mistake_something(tmp_path_factory, data):

@@ -111,7 +111,7 @@ def test_another_network_of_the_project_is_refused(medium, tmp_path):
         read('cspnet_damo_m', tmp_path / 't.pth')
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_state_dicts(data, medium):
     """Whatever is missing or of another shape, in either form: one clear error."""

@@ -181,15 +181,15 @@ def verify(repo, cache):
 
 # Round trips
 
-@pytest.mark.parametrize('name', FEW)
+@pytest.mark.parametrize('name', FEW[:1])
 def test_timms_own_push_and_pull(client, repo, tmp_path, name):
     pushed = client(push_by_timm, repo, name)
     assert client(pull, repo, tmp_path) == pushed
 
 
 @pytest.mark.parametrize('name', [
-    *FEW, 'cspnet_yolov4_tiny_pan',
-    *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in FEW),
+    FEW[0], 'cspnet_yolov4_tiny_pan',
+    *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != FEW[0]),
 ])
 def test_push_and_pull(client, hub, repo, tmp_path, name):
     pushed, commit = client(push, repo, name, data='drawn images')

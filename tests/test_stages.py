@@ -21,7 +21,7 @@ def image(batch=2, size=(SIZE, SIZE)):
     return torch.randn(batch, 3, *size)
 
 
-@pytest.mark.networks('stages_detectors', 'stages_paper')
+@pytest.mark.networks('stages_detectors')
 @pytest.mark.parametrize('features', [False, True])
 def test_torchscript(build, features):
     model = build(features_only=features, scriptable=True)

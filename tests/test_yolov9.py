@@ -168,7 +168,7 @@ def test_another_size_is_named(tiny, tmp_path):
         timm.create_model('cspnet_yolov9t').load_state_dict(other)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_state_dicts(data, tiny):
     """Whatever is missing, of another shape or too many: one clear error, or the network."""
