@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 __all__ = ['HOSTS', 'Finding', 'examine', 'report']
 
 DISTRIBUTION, PACKAGE = 'cspnet-timm', 'cspnet_timm'
+REINSTALL = '`pip install --force-reinstall --no-deps .` in a clone'  # it is on no index
 PYTHON = (3, 10)
 REQUIRED = {'torch': '2.6', 'timm': '1.0.31', 'huggingface_hub': '', 'safetensors': ''}  # as pyproject.toml has them
 BROUGHT = ('numpy', 'torchvision')  # by these, and broken often enough
@@ -198,8 +199,8 @@ def _own() -> Iterator[Finding]:
     if installed is None:
         yield Finding(
             NOTE, DISTRIBUTION, f'{where}: not installed, only on the path',
-            f'timm finds the models without an import only if it is installed: pip install {DISTRIBUTION}, or '
-            f'`pip install -e .` in a clone. `import {PACKAGE}` works regardless.')
+            f'timm finds the models without an import only if it is installed: `pip install .` in a clone, or '
+            f'`pip install -e .` to work on it. `import {PACKAGE}` works regardless.')
     elif installed != version:
         yield Finding(
             WRONG, DISTRIBUTION, f'{where}, but installed as {installed}: two versions',
@@ -210,7 +211,7 @@ def _own() -> Iterator[Finding]:
     missing = [name for name in needed if not (folder / name).exists()]
     if missing:
         yield Finding(WRONG, DISTRIBUTION, f'files are missing: {", ".join(missing)}',
-                      f'pip install --force-reinstall --no-deps {DISTRIBUTION}')
+                      REINSTALL)
 
 
 def _packages(answers: Dict[str, Dict[str, Any]]) -> Iterator[Finding]:
@@ -276,7 +277,7 @@ def _registration(answers: Dict[str, Dict[str, Any]]) -> Iterator[Finding]:
         yield Finding(WRONG, 'models', f'{before}{hook["said"][0]}', f'{remedy}.')
     elif not _entry_points():
         yield Finding(WRONG, 'models', f'{before}its metadata have no entry point for torch',
-                      f'pip install --force-reinstall --no-deps {DISTRIBUTION}')
+                      REINSTALL)
     else:
         yield Finding(
             WRONG, 'models', f'{before}this torch does not call the entry points of torch.backends when it is imported '

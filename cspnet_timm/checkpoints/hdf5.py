@@ -49,7 +49,7 @@ def import_h5py() -> Any:
         import h5py
     except ImportError as error:
         raise CheckpointError(
-            'is an HDF5 file, of Keras perhaps, which is read by h5py: pip install \'cspnet-timm[keras]\'.') from error
+            "is an HDF5 file, of Keras perhaps, which is read by h5py: `pip install '.[keras]'` in a clone.") from error
     return h5py
 
 
@@ -242,7 +242,7 @@ def _order(name: str, shape: Tuple[int, ...]) -> Tuple[int, ...]:
 
 def _read(name: str, dataset: Any) -> torch.Tensor:
     array = dataset[()]
-    tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder('='), copy=False).copy())
+    tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder('='), copy=False))
     if tensor.dtype == torch.float16:
         tensor = tensor.float()
     return tensor.permute(_order(name, dataset.shape)).contiguous()

@@ -91,7 +91,7 @@ def _arrange_neck(state_dict: Dict[str, torch.Tensor]) -> None:
     """
     for key, value in state_dict.items():
         if re.fullmatch(r'neck\.top_down\.\d+\.stage\.conv\.conv\.weight', key):
-            roll_channels(state_dict, key, (1,), value.shape[1] // 2)
+            roll_channels(state_dict, key, (1,))
         elif re.fullmatch(r'neck\.top\..*spp\.conv2\.conv\.weight', key):
             state_dict[key] = value.unflatten(1, (4, -1)).flip(1).flatten(1, 2)
 

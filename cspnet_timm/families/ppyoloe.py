@@ -127,7 +127,7 @@ def _rename_neck(own: StateDict) -> StateDict:
                 out[branch] = out[branch] * alpha
     for key, value in out.items():
         if key.endswith('.merge.conv.weight') and value.ndim == 4:  # the reference concatenates [bypass, blocks]
-            roll_channels(out, key, (1,), value.shape[1] // 2)
+            roll_channels(out, key, (1,))
     return out
 
 
