@@ -60,10 +60,17 @@ def measure(name: str, backend: str, x: torch.Tensor, precision: str, seconds: f
                 ratios={form: ms / times[0] for form, ms in zip(list(networks)[1:], times[1:])})
 
 
-def _conclusion(rows: List[Dict[str, Any]]) -> List[str]:
+def _by_form(rows: List[Dict[str, Any]]) -> Dict[str, List[float]]:
     found = {form: [row['ratios'][form] for row in rows if form in row['ratios']] for form in FORMS}
-    gains = [
-        f'`{form}` {sum(r < 1 - WORTH for r in ratios)} of {len(ratios)}' for form, ratios in found.items() if ratios]
+    return {form: ratios for form, ratios in found.items() if ratios}
+
+
+def _gains(ratios: List[float]) -> int:
+    return sum(ratio < 1 - WORTH for ratio in ratios)
+
+
+def _conclusion(rows: List[Dict[str, Any]]) -> List[str]:
+    gains = [f'`{form}` {_gains(ratios)} of {len(ratios)}' for form, ratios in _by_form(rows).items()]
     return [f'Networks that a form makes faster by 3 % or more: {", ".join(gains)}.', ''] if gains else []
 
 
@@ -80,11 +87,9 @@ def table(report: Dict[str, Any]) -> List[str]:
         ratios = ' | '.join(f'{row["ratios"][f]:.2f}' if f in row['ratios'] else '–' for f in FORMS)
         lines.append(f'| `{row["model"]}` | {row["milliseconds"]["as it is"]:.2f} | {ratios} |')
     lines += ['', '| form | networks | median | best | gains 3 % or more in |', '| --- | ---: | ---: | ---: | ---: |']
-    for form in FORMS:
-        found = [row['ratios'][form] for row in rows if form in row['ratios']]
-        if found:
-            lines.append(f'| `{form}` | {len(found)} | {statistics.median(found):.2f} | {min(found):.2f} | '
-                         f'{sum(r < 1 - WORTH for r in found)} |')
+    for form, found in _by_form(rows).items():
+        lines.append(f'| `{form}` | {len(found)} | {statistics.median(found):.2f} | {min(found):.2f} | '
+                     f'{_gains(found)} |')
     return lines
 
 
