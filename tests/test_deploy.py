@@ -2,6 +2,7 @@
 import copy
 import json
 import re
+import subprocess
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -26,7 +27,7 @@ from cspnet_timm.deployment.forms import (
 )
 from cspnet_timm.deployment.machine import native_precisions
 from cspnet_timm.deployment.quantize import quantize
-from tests import preloaded
+from tests.preloaded import python
 from tests.samples import FAMILIES
 from tests.zoo import create, distance
 
@@ -221,8 +222,8 @@ def test_backend(backend, precision, tmp_path):
         'torch.save([network(x), network(x[:1])], "y.pt")\n'
         f'assert network.report.backend == {backend!r}\n'
     )
-    code, said = preloaded.execute(['load.py'], tmp_path, 300)
-    assert code == 0, said
+    done = subprocess.run([python(), 'load.py'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     whole, first = torch.load(tmp_path / 'y.pt')
     assert distance(whole, deployed(x)) < 1e-6 and distance(first, deployed(x[:1])) < 1e-6
 

@@ -3,7 +3,6 @@ import importlib.util
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from timm.layers import convert_sync_batchnorm
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import cspnet_timm
+from tests.preloaded import python
 
 PAGE = Path(__file__).parents[1] / 'docs' / 'many_gpus.md'
 
@@ -29,7 +29,7 @@ TORCHRUN = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone')
 def run(*command, **kwargs):
     package = str(Path(cspnet_timm.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=1200, **kwargs,
+        [python(), *map(str, command)], capture_output=True, text=True, timeout=1200, **kwargs,
         env={**os.environ, 'OMP_NUM_THREADS': '1',
              'PYTHONPATH': os.pathsep.join([package, os.environ.get('PYTHONPATH', '')])},
     )

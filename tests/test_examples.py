@@ -17,6 +17,7 @@ import cspnet_timm
 from tests import foreign
 from tests.hub_server import Hub
 from tests.parity import load_fixture
+from tests.preloaded import python
 from tests.test_hub import client_environment
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
@@ -29,7 +30,7 @@ needs_smp = pytest.mark.skipif(
 def execute(example, folder, *arguments, **environment):
     packages = [str(Path(cspnet_timm.__file__).parents[1]), os.environ.get('PYTHONPATH', '')]
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / f'{example}.py'), *map(str, arguments)], cwd=folder, capture_output=True,
+        [python(), str(EXAMPLES / f'{example}.py'), *map(str, arguments)], cwd=folder, capture_output=True,
         text=True, timeout=1200, env={**os.environ, 'PYTHONPATH': os.pathsep.join(packages), **environment})
 
 

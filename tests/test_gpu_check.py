@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.preloaded import python
+
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 
 pytestmark = pytest.mark.slow
@@ -21,7 +23,7 @@ def gpu_check(monkeypatch):
 
 
 def test_the_small_form(tmp_path):
-    subprocess.run([sys.executable, str(BENCHMARKS / 'gpu_check.py'), '--small', '--minutes', '30', '--out',
+    subprocess.run([python(), str(BENCHMARKS / 'gpu_check.py'), '--small', '--minutes', '30', '--out',
                     str(tmp_path)], check=True, timeout=1800)
     report = json.loads((tmp_path / 'gpu_check.json').read_text())
     assert report['faults'] == [] and report['small']

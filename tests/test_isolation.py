@@ -14,6 +14,7 @@ from cspnet_timm import deploy
 from cspnet_timm.deployment import DeployError, isolation
 from cspnet_timm.deployment.backends import BACKENDS
 from tests import planted
+from tests.preloaded import python
 
 NAMES = [backend.name for backend in planted.ALL]
 
@@ -173,10 +174,11 @@ def test_the_callers_script_is_not_run_again(how, tmp_path):
     path = tmp_path / 'script.py'
     path.write_text(script)
     (tmp_path / 'json.py').write_text('raise SystemExit("a file of the user took a module\'s place")')
-    command = ['-'] if how == 'input' else ['script.py']
+    # By a Python of its own from a file and from its input, which the worker's looks for modules depend on.
+    command = dict(file=[sys.executable, 'script.py'], input=[sys.executable, '-']).get(how, [python(), 'script.py'])
     done = subprocess.run(
-        [sys.executable, *command], input=script if how == 'input' else None, capture_output=True, text=True,
-        cwd=tmp_path, timeout=300, env={**os.environ, 'PYTHONSAFEPATH': '1'})
+        command, input=script if how == 'input' else None, capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        env={**os.environ, 'PYTHONSAFEPATH': '1'})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split('\n') == ['once', '(3, 4, 14, 14)', '']
 

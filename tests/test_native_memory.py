@@ -16,6 +16,7 @@ from cspnet_timm.deployment.native.tuning import Tuning
 
 from .native_fuzz import LEVELS
 from .native_graphs import Source, random_plan
+from .preloaded import python
 
 WHY_NOT = unavailable()
 runs_here = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -155,7 +156,7 @@ def sanitized(tmp_path, flags, level, *numbers, preload=''):
     compiler.chmod(0o755)
     environment = {**os.environ, 'CXX': str(compiler), 'CSPNET_TIMM_CACHE': str(tmp_path), 'LD_PRELOAD': preload,
                    'ASAN_OPTIONS': 'detect_leaks=0', 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([sys.executable, '-W', 'ignore', '-m', 'tests.native_sanitized', level, *map(str, numbers)],
+    return subprocess.run([python(), '-W', 'ignore', '-m', 'tests.native_sanitized', level, *map(str, numbers)],
                           cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
 
 

@@ -14,6 +14,7 @@ from cspnet_timm.blocks import BottleneckBlock, ElasticBlock
 from cspnet_timm.cross_stage import ComposedStage, CrossStage
 from cspnet_timm.families import WEIGHTS
 from cspnet_timm.layers import PartialShortcut
+from tests.preloaded import python
 
 BENCHMARK = Path(__file__).parents[1] / 'benchmarks' / 'paper.py'
 
@@ -308,7 +309,7 @@ def test_weights_are_described():
 @pytest.mark.slow
 def test_comparison_runs(tmp_path):
     command = [
-        sys.executable, str(BENCHMARK), '--networks', 'mobilenetv2', '--size', '64', '--batch-size', '2',
+        python(), str(BENCHMARK), '--networks', 'mobilenetv2', '--size', '64', '--batch-size', '2',
         '--repeats', '1', '--iterations', '1', '--out', str(tmp_path / 'results'),
     ]
     subprocess.run(command, check=True, capture_output=True, text=True)

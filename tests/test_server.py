@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.preloaded import python
+
 BENCHMARK = Path(__file__).parents[1] / 'benchmarks' / 'server.py'
 
 
@@ -13,7 +15,7 @@ BENCHMARK = Path(__file__).parents[1] / 'benchmarks' / 'server.py'
 @pytest.mark.skipif(sys.platform != 'linux', reason='resident memory is read as Linux tells it')
 def test_a_server_with_dynamic_batches(tmp_path):
     subprocess.run([
-        sys.executable, str(BENCHMARK), '--out', str(tmp_path), '--size', '64', '--calls', '200', '--batch', '4',
+        python(), str(BENCHMARK), '--out', str(tmp_path), '--size', '64', '--calls', '200', '--batch', '4',
         '--most', '16'], check=True, timeout=1200)
     report = json.loads((tmp_path / 'server.json').read_text())
     assert {'eager'} <= {r['backend'] for r in report['results']}
