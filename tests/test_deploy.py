@@ -29,7 +29,7 @@ from cspnet_timm.deployment.machine import native_precisions
 from cspnet_timm.deployment.quantize import quantize
 from tests.preloaded import python
 from tests.samples import FAMILIES
-from tests.zoo import create, distance
+from tests.zoo import create, create_short, distance
 
 CPU = torch.device('cpu')
 DATA = [name for name, backend in BACKENDS.items() if not backend.runs_code]
@@ -567,7 +567,7 @@ def test_what_is_tried_on_a_gpu(monkeypatch):
 def test_the_compiler_takes_the_forms():
     """What is searched on a GPU computes the same, compiled, here too."""
     needs('inductor')
-    model = reparameterize_model(create('cspnet_nano', num_classes=4))
+    model = reparameterize_model(create_short('cspnet_nano', num_classes=4))
     changed = model
     for form in ('space_to_depth', 'join_partitions', 'split_merges'):
         changed = FORMS[form](changed)

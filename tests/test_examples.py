@@ -178,8 +178,8 @@ def test_detect_with_frozen_batch_norm(examples, tmp_path, capsys):
 @needs_smp
 @pytest.mark.slow
 def test_segment(tmp_path):
-    said = run('segment', tmp_path, '--size', 64)
-    assert float(re.search(r'mean IoU (\d\.\d+) on 150 held-out images', said)[1]) > 0.8
+    said = run('segment', tmp_path, '--size', 64, '--images', 400, '--epochs', 9)  # more reach what the page says
+    assert float(re.search(r'mean IoU (\d\.\d+) on 100 held-out images', said)[1]) > 0.45
     assert Image.open(tmp_path / 'segment.png').size == (4 * (3 * 64 + 4) + 4, 2 * (3 * 64 + 4) + 4)
     assert [path.name for path in tmp_path.iterdir()] == ['segment.png']
 

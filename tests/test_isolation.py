@@ -6,14 +6,13 @@ import threading
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn as nn
 
 from cspnet_timm import deploy
 from cspnet_timm.deployment import DeployError, isolation
 from cspnet_timm.deployment.backends import BACKENDS
-from tests import planted
+from tests import planted, zoo
 from tests.preloaded import python
 
 NAMES = [backend.name for backend in planted.ALL]
@@ -202,7 +201,7 @@ def test_every_backend_gets_there_and_back(backend):
     if reason is not None:
         pytest.skip(f'{backend}: {reason}')
     assert BACKENDS[backend].isolated
-    model, x = timm.create_model('cspnet_nano', num_classes=4).eval(), torch.rand(2, 3, 64, 64)
+    model, x = zoo.create_short('cspnet_nano', num_classes=4), torch.rand(2, 3, 64, 64)
     there = deploy(model, x, backend=backend, precision='float32', seconds=0.01, progress=False)
     y = torch.rand(3, 3, 64, 64)
     with torch.no_grad():

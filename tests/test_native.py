@@ -1,7 +1,10 @@
 """The native engine: equal to PyTorch on every structure, at any batch and size, and deaf to plans that lie."""
 import copy
 import json
+import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import timm
@@ -23,6 +26,7 @@ from cspnet_timm.deployment.native import (
 from cspnet_timm.deployment.native.calibrate import evaluate
 from cspnet_timm.deployment.native.tuning import Tuning
 
+from .preloaded import python
 from .stages import NETWORKS
 from .zoo import create, distance, randomize
 
@@ -667,3 +671,21 @@ def test_wrong_use():
     for x in (torch.zeros(1, 4, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8).half()):
         with pytest.raises(ValueError, match='takes float32 images'):
             NativeEngine(plan, 1)(x)
+
+
+@runs_here
+def test_processes_that_start_at_once_compile_once(tmp_path):
+    """As torchrun starts them, on a machine that has not compiled the engine yet."""
+    compiler = tmp_path / 'compiler'
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *engine.cpp*) echo >> {tmp_path}/calls; sleep 1;; esac\n'
+        'exec g++ "$@" -O0 -fsyntax-only\n')
+    compiler.chmod(0o755)
+    code = ('from cspnet_timm.deployment.native import build\n'
+            'build._load = lambda path: open(path).close()\nbuild._compiled(build._units(tiles=True))')
+    environment = {**os.environ, 'CXX': str(compiler), 'CSPNET_TIMM_CACHE': str(tmp_path / 'cache')}
+    root = Path(__file__).parents[1]
+    processes = [subprocess.Popen([python(), '-c', code], env=environment, cwd=root) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0] * 3
+    assert (tmp_path / 'calls').read_text() == '\n'
+    assert len(list((tmp_path / 'cache').iterdir())) == 1

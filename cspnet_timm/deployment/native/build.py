@@ -1,4 +1,5 @@
 """The engine's machine code: compiled once per machine by its own C++ compiler, kept in the user's cache."""
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Optional, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 from ..machine import cpp_compiler
 from .records import compare
@@ -121,16 +122,34 @@ def _compiled(units: Sequence[str]) -> ctypes.CDLL:
                                'Set CSPNET_TIMM_CACHE to a folder of yours.') from error
         os.close(handle)
         try:
-            done = subprocess.run(
-                [*command, str(SOURCES / 'engine.cpp'), '-o', temporary], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f'The native engine could not be compiled by {shlex.join(compiler)}: '
-                                   f'{(done.stderr.strip().splitlines() or ["no message"])[0][:300]}')
-            os.replace(temporary, path)
+            with _alone(path.parent):
+                if not path.exists():  # of several processes that start at once, one compiles for all
+                    done = subprocess.run(
+                        [*command, str(SOURCES / 'engine.cpp'), '-o', temporary], capture_output=True, text=True)
+                    if done.returncode:
+                        raise RuntimeError(f'The native engine could not be compiled by {shlex.join(compiler)}: '
+                                           f'{(done.stderr.strip().splitlines() or ["no message"])[0][:300]}')
+                    os.replace(temporary, path)
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
     return _load(str(path))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is within; where a folder cannot be locked, do not wait."""
+    import fcntl  # there is one where the engine is: on Linux
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)  # by which it is let go, however the process ends
 
 
 @functools.cache
