@@ -251,3 +251,29 @@ def test_tensors_of_another_neck_are_too_many():
     with pytest.raises(CheckpointError, match=r'holds cspnet_rtmdet_nano and a part of the neck of .*30 tensors'):
         model.load_state_dict(fewer)
     model.load_state_dict(fewer, strict=False)
+
+
+@pytest.mark.parametrize('name', ['cspnet_nano', 'cspnet_yolov8n_pan'])
+@pytest.mark.parametrize('feature_cls', ['list', 'dict'])
+def test_an_extractor_is_told_to_give_other_maps(name, feature_cls):
+    """As transformers asks one for all of them, and then for its own again; by depth, whatever the order."""
+    extractor = timm.create_model(name, features_only=True, out_indices=(2, 4), feature_cls=feature_cls).eval()
+    x = torch.rand(1, 3, 64, 64)
+    own = extractor.return_layers
+    names = [info['module'] for info in extractor.feature_info.info]
+
+    def maps():
+        with torch.no_grad():
+            found = extractor(x)
+        if isinstance(found, dict):  # by their numbers
+            assert [*found] == sorted(found)
+            return [*found.values()]
+        return found
+
+    two = maps()
+    extractor.return_layers = {names[i]: str(i) for i in (4, 1, 3, 0, 2)}
+    five = maps()
+    assert [y.shape[-1] for y in five] == [64 // info['reduction'] for info in extractor.feature_info.info]
+    assert len(five) == 5 and torch.equal(five[2], two[0]) and torch.equal(five[4], two[1])
+    extractor.return_layers = own
+    assert all(torch.equal(a, b) for a, b in zip(maps(), two)) and len(maps()) == 2
