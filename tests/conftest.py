@@ -11,6 +11,8 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import pytest
 import torch
 
+from tests import preloaded
+
 # Exporters and compilers allocate so many small objects that Python would otherwise look for garbage most of the time.
 gc.set_threshold(50_000, 20, 20)
 
@@ -110,7 +112,6 @@ STARTED = pytest.StashKey()
 
 
 def _cpu_seconds():
-    from tests import preloaded
     return sum(os.times()[:4]) + preloaded.cpu_seconds()
 
 

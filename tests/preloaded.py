@@ -33,6 +33,9 @@ READ_EARLY = ('HF_', 'HUGGINGFACE_', 'XDG_', 'TORCH_', 'CSPNET_TIMM_AUTOLOAD', '
 READ_LATE = ('PYTHONPATH', 'PYTHONSAFEPATH', 'TORCH_DEVICE_BACKEND_AUTOLOAD', 'TORCH_NCCL')
 MESSAGE = 1 << 16
 
+_ENVIRONMENT = dict(os.environ)  # and not that of the test which calls first
+_SERVERS: List[subprocess.Popen] = []
+
 # The program is a Python that imports next to nothing: it hands over what it was given, and ends as it is told.
 PROGRAM = '''#!{executable} -IS
 import os, sys
@@ -56,8 +59,9 @@ channel.sendall(request)
 answer = channel.recv(64)
 code = int(answer or 1)
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL) if -code not in (9, 19) else None
     import resource
+    if -code not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(-code, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.kill(os.getpid(), -code)
 os._exit(code)
@@ -75,7 +79,7 @@ def python() -> str:
         executable=sys.executable, folder=folder, early=READ_EARLY, late=READ_LATE, options=OPTIONS))
     program.chmod(0o755)
     root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get('PYTHONPATH')]))
+    path = os.pathsep.join(filter(None, [root, _ENVIRONMENT.get('PYTHONPATH')]))
     server = subprocess.Popen(
         [sys.executable, __file__, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={**_ENVIRONMENT, 'PYTHONPATH': path})
@@ -92,10 +96,6 @@ def cpu_seconds() -> float:
         with open(f'/proc/{server.pid}/stat') as file:
             ticks += sum(map(int, file.read().rpartition(') ')[2].split()[11:15]))  # its own, and those that ended
     return ticks / os.sysconf('SC_CLK_TCK')
-
-
-_ENVIRONMENT = dict(os.environ)  # and not that of the test which calls first
-_SERVERS: List[subprocess.Popen] = []
 
 
 def _serve(folder: Path) -> List[str]:

@@ -160,7 +160,7 @@ def test_turned_off(site, variable):
 @pytest.mark.slow
 def test_probes_reloads_threads_and_names_of_timm(site):
     run(site, '''
-        import importlib, importlib.util, threading, torch
+        import importlib, importlib.util, threading, torch, warnings
         importlib.util.find_spec('timm.models')
         found = []
         def work():
@@ -178,7 +178,9 @@ def test_probes_reloads_threads_and_names_of_timm(site):
         def resnet18(pretrained=False, **kwargs):
             raise AssertionError
         before = timm.models.model_entrypoint('resnet18')
-        assert _builder.register_model(resnet18) is resnet18
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            assert _builder.register_model(resnet18) is resnet18
         assert timm.models.model_entrypoint('resnet18') is before
     ''', '-W', 'error::RuntimeWarning')
 
@@ -231,7 +233,7 @@ def test_data_loader_workers(site, tmp_path):
 
         if __name__ == '__main__':
             for method in ('fork', 'spawn', 'forkserver'):
-                sizes = list(DataLoader(Names(), batch_size=None, num_workers=1, multiprocessing_context=method))
+                sizes = list(DataLoader(Names(), batch_size=None, num_workers=2, multiprocessing_context=method))
                 assert sizes[0] == sizes[1] > 0, method
             assert 'timm' not in sys.modules  # the workers have imported it themselves
     '''))

@@ -114,26 +114,32 @@ def _compiled(units: Sequence[str]) -> ctypes.CDLL:
     key = hashlib.sha256(b'\0'.join(made_of)).hexdigest()[:24]
     path = cache_dir() / f'engine-{key}.so'
     if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix='.so')
-        except OSError as error:
-            raise RuntimeError(f'The native engine has no place for its compiled form: {error}. '
-                               'Set CSPNET_TIMM_CACHE to a folder of yours.') from error
-        os.close(handle)
-        try:
-            with _alone(path.parent):
-                if not path.exists():  # of several processes that start at once, one compiles for all
-                    done = subprocess.run(
-                        [*command, str(SOURCES / 'engine.cpp'), '-o', temporary], capture_output=True, text=True)
-                    if done.returncode:
-                        raise RuntimeError(f'The native engine could not be compiled by {shlex.join(compiler)}: '
-                                           f'{(done.stderr.strip().splitlines() or ["no message"])[0][:300]}')
-                    os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+        _compile(compiler, command, path)
     return _load(str(path))
+
+
+def _compile(compiler: Sequence[str], command: Sequence[str], path: Path) -> None:
+    """Put the compiled engine there, unless another process that started at the same time has."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix='.so')
+    except OSError as error:
+        raise RuntimeError(f'The native engine has no place for its compiled form: {error}. '
+                           'Set CSPNET_TIMM_CACHE to a folder of yours.') from error
+    os.close(handle)
+    try:
+        with _alone(path.parent):
+            if path.exists():
+                return
+            done = subprocess.run(
+                [*command, str(SOURCES / 'engine.cpp'), '-o', temporary], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f'The native engine could not be compiled by {shlex.join(compiler)}: '
+                                   f'{(done.stderr.strip().splitlines() or ["no message"])[0][:300]}')
+            os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 @contextlib.contextmanager
@@ -141,15 +147,13 @@ def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process is within; where a folder cannot be locked, do not wait."""
     import fcntl  # there is one where the engine is: on Linux
 
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            pass
+            stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # a process forked meanwhile may have the folder open
         yield
-    finally:
-        os.close(handle)  # by which it is let go, however the process ends
 
 
 @functools.cache
