@@ -3,6 +3,7 @@ import copy
 import json
 import re
 import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -60,6 +61,12 @@ def quick(model, example, **kwargs):
         kwargs.setdefault('calibration', [example])
     kwargs.setdefault('isolate', False)  # test_isolation.py has what is done in another process
     return deploy(model, example, seconds=0.01, progress=False, **kwargs)
+
+
+def layers():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 7)).eval()
 
 
 def differences(a, b):
@@ -189,9 +196,11 @@ def test_regroup_keeps_what_it_cannot_widen():
 @pytest.mark.parametrize('backend, precision', CASES)
 def test_backend(backend, precision, tmp_path):
     needs(backend)
-    model = create('cspnet_nano', num_classes=7)
+    # The compiler takes seconds for each kernel; it takes a network in test_the_compiler_takes_the_forms.
+    model = layers() if backend.startswith('inductor') else create('cspnet_nano', num_classes=7)
     example = image(5)
-    deployed = quick(model, example, backend=backend, precision=precision)
+    # The others get to another process and back in test_isolation.py.
+    deployed = quick(model, example, backend=backend, precision=precision, isolate=backend == 'inductor')
     report = deployed.report
     assert (report.backend, report.precision, report.shape) == (backend, precision, [5, 3, 64, 64])
     assert report.milliseconds > 0 and report.original_milliseconds > 0 and report.speedup > 0
@@ -365,6 +374,7 @@ def test_the_page(number, tmp_path, monkeypatch):
     if 'int8' in SNIPPETS[number] and 'int8' not in native_precisions(CPU):
         pytest.skip('this processor has no int8 arithmetic')
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'executable', python())  # of the process in which candidates are tried
     # What is chosen does not matter here: little is measured, and no other forms nor the slowest backend are tried.
     monkeypatch.setattr(search, 'FORMS', {})
     monkeypatch.setattr(BACKENDS['inductor'], 'unavailable', classmethod(lambda cls, device: 'it has its own tests'))

@@ -194,7 +194,7 @@ def test_two_threads_deploy_at_once(plants):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('backend', ['openvino', 'onnxruntime', 'inductor'])
+@pytest.mark.parametrize('backend', ['openvino', 'onnxruntime'])  # the compiler: test_deploy.py
 def test_every_backend_gets_there_and_back(backend):
     """What was converted in the other process computes here what the network does."""
     reason = BACKENDS[backend].unavailable(torch.device('cpu'))

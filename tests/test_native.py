@@ -104,7 +104,7 @@ def test_every_stage(network, build):
 @pytest.mark.usefixtures('level')
 @pytest.mark.parametrize('name', [
     'mobilenetv3_small_100', *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        'cs3darknet_focus_m', 'cs3sedarknet_l', 'cspresnext50')),
+        'cs3sedarknet_l', 'cspresnext50')),
 ])
 def test_models_of_timm(name):
     model, x = prepared(name), images(1, 3, 64, 64)

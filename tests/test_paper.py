@@ -250,7 +250,7 @@ def test_partial_stages_work_less(benchmark):
     """The paper's claim, of these layers: γ = 0.5 saves operations, and a larger γ saves more."""
     plain = benchmark.count('cspnet_plain_peleenet', 224)['operations']
     assert benchmark.count('cspnet_peleenet', 224)['operations'] < plain
-    for name in AFTER[:3]:
+    for name in AFTER[:2]:
         plain = timm_operations(name.removeprefix('cspnet_'))
         operations = [timm_operations(name, partial_ratio=ratio) for ratio in (0.25, 0.5, 0.75)]
         assert operations == sorted(operations, reverse=True)

@@ -30,26 +30,14 @@ def arguments(out, *more):
             '--seconds', '0.01', '--rounds', '3', '--compile', '--out', str(out), *more]
 
 
-@pytest.fixture
-def made_once(speed, monkeypatch):
-    """One network is measured here: its exports to ONNX, and its memory in a process of its own, are had once each."""
-    convert, converted = BACKENDS['onnxruntime'].convert, {}
-
-    def once(model, example, precision, calibration=()):
-        key = tuple(example.shape), precision, len(model(example))
-        if key not in converted:
-            converted[key] = convert(model, example, precision, calibration)
-        return converted[key]
-
-    monkeypatch.setattr(BACKENDS['onnxruntime'], 'convert', staticmethod(once))
-    monkeypatch.setattr(speed, 'peak_memory', functools.cache(speed.peak_memory))
-
-
-def test_report(speed, made_once, tmp_path, monkeypatch, capsys):
+def test_report(speed, tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
     monkeypatch.setattr(speed, 'busy_fraction', lambda: 0.5)
     monkeypatch.setattr(speed, 'native_precisions', lambda device: ('float32',))
-    monkeypatch.setattr(search, 'FORMS', {})  # they take their time, and are tested elsewhere
+    # What takes its time: the forms and the exporter to ONNX are tested elsewhere; and both networks are one here.
+    monkeypatch.setattr(search, 'FORMS', {})
+    monkeypatch.setattr(BACKENDS['onnxruntime'], 'unavailable', classmethod(lambda cls, device: 'not here'))
+    monkeypatch.setattr(speed, 'peak_memory', functools.cache(speed.peak_memory))
     speed.main(arguments(tmp_path, '--allow-busy', '--sections', 'routes', 'resolution', 'throughput', 'training'))
     assert sorted(f.name for f in tmp_path.iterdir()) == [
         'speed.json', 'speed.md', 'speed_latency.png', 'speed_roofline.png', 'speed_throughput.png']
