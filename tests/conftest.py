@@ -55,7 +55,7 @@ def pytest_generate_tests(metafunc):
         # A few whole ones: what these tests look at is in the small networks once already.
         mark = metafunc.definition.get_closest_marker('networks') or pytest.mark.networks.mark
         fast = mark.args or NETWORKS
-        whole = ALL if every else (*FEW, NECKS[0]) if mark.kwargs.get('whole', True) else ()
+        whole = ALL if every else (*FEW[1:3], NECKS[0]) if mark.kwargs.get('whole', True) else ()
         metafunc.parametrize('network', [
             name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in (*NETWORKS, *whole)])
 

@@ -144,8 +144,8 @@ def test_finetune_on_few_images(examples, tmp_path, capsys, count):
 
 @pytest.mark.slow
 def test_detect(tmp_path):
-    said = run('detect', tmp_path, '--images', 300, '--epochs', 6)  # more of both reach what the page says
-    assert float(re.search(r'mAP (\d\.\d+), at IoU 0.5 \d\.\d+, on 75 held-out images', said)[1]) > 0.15
+    said = run('detect', tmp_path, '--images', 200, '--epochs', 6)  # more of both reach what the page says
+    assert float(re.search(r'mAP (\d\.\d+), at IoU 0.5 \d\.\d+, on 50 held-out images', said)[1]) > 0.1
     assert Image.open(tmp_path / 'detect.png').size == (4 * (3 * 96 + 4) + 4, 2 * (3 * 96 + 4) + 4)
     assert [path.name for path in tmp_path.iterdir()] == ['detect.png']
 
@@ -178,8 +178,8 @@ def test_detect_with_frozen_batch_norm(examples, tmp_path, capsys):
 @needs_smp
 @pytest.mark.slow
 def test_segment(tmp_path):
-    said = run('segment', tmp_path, '--size', 64, '--images', 400, '--epochs', 9)  # more reach what the page says
-    assert float(re.search(r'mean IoU (\d\.\d+) on 100 held-out images', said)[1]) > 0.45
+    said = run('segment', tmp_path, '--size', 64, '--images', 200, '--epochs', 9)  # more reach what the page says
+    assert float(re.search(r'mean IoU (\d\.\d+) on 50 held-out images', said)[1]) > 0.3  # all ground: 0.25
     assert Image.open(tmp_path / 'segment.png').size == (4 * (3 * 64 + 4) + 4, 2 * (3 * 64 + 4) + 4)
     assert [path.name for path in tmp_path.iterdir()] == ['segment.png']
 

@@ -589,7 +589,7 @@ def test_truncated_anywhere(index, step, originals, tmp_path):
 
 
 # A tenth of what is tried where time does not matter; hypothesis draws others each time.
-some_and_many = pytest.mark.parametrize('examples', [150, pytest.param(1500, marks=pytest.mark.slow)])
+some_and_many = pytest.mark.parametrize('examples', [150, pytest.param(700, marks=pytest.mark.slow)])
 
 
 def fuzz(examples, strategy, check):

@@ -93,16 +93,14 @@ def randomize(model, seed=0):
         if not value.is_floating_point():
             value.zero_()
             continue
-        uniform = torch.rand(value.shape, generator=generator)
-        normal = torch.randn(value.shape, generator=generator)
         if key.endswith('running_var'):
-            value.copy_(0.5 + uniform)
+            value.uniform_(0.5, 1.5, generator=generator)
         elif value.ndim > 1:
-            value.copy_(normal * (1.6 / max(value[0].numel(), 1)) ** 0.5)
+            value.normal_(std=(1.6 / max(value[0].numel(), 1)) ** 0.5, generator=generator)
         elif key.endswith('weight'):
-            value.copy_(0.6 + 0.8 * uniform)
+            value.uniform_(0.6, 1.4, generator=generator)
         else:
-            value.copy_(0.2 * normal)
+            value.normal_(std=0.2, generator=generator)
     return model
 
 

@@ -145,17 +145,19 @@ def _try(job: Dict[str, Any]) -> None:
     from .report import first_line
 
     _keep_compiler_cache()
-    os.environ['TMPDIR'] = tempfile.tempdir = str(folder)
     try:
         stage.write_text('converting')
         module, _, name = job['backend'].partition(':')
-        backend = importlib.import_module(module)
+        backend: Any = importlib.import_module(module)
         for part in name.split('.'):
             backend = getattr(backend, part)
+        for name in backend.imports:
+            importlib.import_module(name)
+        os.environ['TMPDIR'] = tempfile.tempdir = str(folder)
         torch.set_num_threads(job['threads'])
         torch.set_float32_matmul_precision(job['matmul'])
         files = {path.name: path.read_bytes() for path in Path(job['files']).iterdir()}
-        read = backend.finish if job['prepared'] else backend.from_parts  # type: ignore[attr-defined]
+        read = backend.finish if job['prepared'] else backend.from_parts
         converted = read(files, job['precision'], job['shape'])
         stage.write_text('getting ready to run')
         trials = torch.load(job['trials'], map_location=job['device'], weights_only=False)

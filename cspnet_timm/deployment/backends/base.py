@@ -67,6 +67,8 @@ class Backend(abc.ABC):
         on_request: It takes too long to be tried unless it is asked for by name.
         mixes: It can leave a part of an int8 network in a higher precision: :meth:`convert_within`.
         cost: About how many seconds a candidate takes for a hundred convolutions, for what is said of it beforehand.
+        imports: Modules that decide while they are imported where they keep what later calls find again: beside the
+            system's temporary files, and not in the folder of a candidate, which is removed.
     """
 
     name: ClassVar[str]
@@ -75,6 +77,7 @@ class Backend(abc.ABC):
     on_request: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     cost: ClassVar[float] = 5.
+    imports: ClassVar[Tuple[str, ...]] = ()
 
     @classmethod
     def unavailable(cls, device: torch.device) -> Optional[str]:

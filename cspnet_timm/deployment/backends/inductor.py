@@ -22,6 +22,7 @@ class Inductor(Backend):
     cost = 60.
     runs_code = True
     isolated = True
+    imports = ('torch._inductor.codecache',)  # which compiles PyTorch's headers once, longer than a small network takes
     options: ClassVar[Dict[str, Any]] = {'freezing': True}
 
     def __init__(self, package: bytes, batch: int) -> None:
