@@ -180,6 +180,6 @@ def test_sanitizers(tmp_path, level):
     libraries = [subprocess.run(['g++', f'-print-file-name={name}'], capture_output=True, text=True).stdout.strip()
                  for name in ('libasan.so', 'libstdc++.so.6')]
     flags = '-Og -fsanitize=address,undefined -fno-sanitize-recover=all -g1'
-    done = sanitized(tmp_path, flags, level, 1000, 8, preload=' '.join(libraries))
+    done = sanitized(tmp_path, flags, level, 1000, 6, preload=' '.join(libraries))
     assert done.returncode == 0 and 'ran' in done.stdout, done.stdout[-500:] + done.stderr[-3000:]
     assert sanitized(tmp_path, flags, level, 0, 0, preload=' '.join(libraries)).returncode != 0
