@@ -34,6 +34,14 @@ def pytest_addoption(parser):
         help='name the N tests, functions and files that took most CPU seconds')
 
 
+@pytest.fixture(autouse=True, scope='session')
+def _torch_home(tmp_path_factory):
+    """PyTorch keeps downloads by the file's name: what an earlier run has left is not to be found again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TORCH_HOME', str(tmp_path_factory.mktemp('torch')))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -31,7 +31,8 @@ from typing import Dict, List, Optional, Tuple
 OPTIONS = ('-u', '-W', '-X')  # the others are Python's own business
 READ_EARLY = ('HF_', 'HUGGINGFACE_', 'XDG_', 'TORCH_', 'CSPNET_TIMM_AUTOLOAD', 'LD_PRELOAD', 'PYTHON')
 READ_LATE = (
-    'PYTHONPATH', 'PYTHONSAFEPATH', 'TORCH_DEVICE_BACKEND_AUTOLOAD', 'TORCH_BACKEND', 'TORCH_NCCL', 'PYTORCH_NVML')
+    'PYTHONPATH', 'PYTHONSAFEPATH', 'TORCH_BACKEND', 'TORCH_DEVICE_BACKEND_AUTOLOAD', 'TORCH_HOME', 'TORCH_NCCL',
+    'PYTORCH_NVML')
 MESSAGE = 1 << 16
 
 _ENVIRONMENT = dict(os.environ)  # and not that of the test which calls first
