@@ -291,8 +291,8 @@ def test_the_fastest_is_chosen(capsys):
     report = deployed.report
     measured = [c for c in report.candidates if 'milliseconds' in c]
     assert {c['backend'] for c in measured} == set(names)
-    if BACKENDS[report.backend].forms(CPU):  # its other forms were tried
-        assert {form for c in measured for form in c['forms']} >= {'join_partitions', 'split_merges'}
+    with_forms = {c['backend'] for c in measured if c['forms']}  # of what was ahead then; in the end another may be
+    assert len(with_forms) <= 1 and all(BACKENDS[name].forms(CPU) for name in with_forms)
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == len(report.candidates) + 2 and all(line.startswith('deploy: ') for line in printed)
     assert re.search(r'openvino \w+, onnxruntime float32, eager \w+ to try, about \d+ (s|min) in all', printed[0])

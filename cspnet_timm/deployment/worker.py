@@ -151,8 +151,8 @@ def _try(job: Dict[str, Any]) -> None:
         backend: Any = importlib.import_module(module)
         for part in name.split('.'):
             backend = getattr(backend, part)
-        for name in backend.imports:
-            importlib.import_module(name)
+        for first in backend.imports:
+            importlib.import_module(first)
         os.environ['TMPDIR'] = tempfile.tempdir = str(folder)
         torch.set_num_threads(job['threads'])
         torch.set_float32_matmul_precision(job['matmul'])
