@@ -60,7 +60,8 @@ def pytest_generate_tests(metafunc):
             for name in (ALL if every else (*REPRESENTATIVES, *NECKS))])
     own = [mark.args[0] for mark in metafunc.definition.iter_markers('parametrize')]
     if 'network' in metafunc.fixturenames and 'network' not in own:
-        # A few whole ones: what these tests look at is in the small networks once already.
+        # A few whole ones, with slices of channels, attention and a neck: what these tests look at is in the small
+        # networks once already.
         mark = metafunc.definition.get_closest_marker('networks') or pytest.mark.networks.mark
         fast = mark.args or NETWORKS
         whole = ALL if every else (*FEW[1:3], NECKS[0]) if mark.kwargs.get('whole', True) else ()

@@ -13,7 +13,7 @@ from cspnet_timm.deployment.backends import BACKENDS, Arrangement
 from cspnet_timm.deployment.backends.base import Recent, split_batch
 from cspnet_timm.deployment.backends.eager import Eager
 from cspnet_timm.deployment.contract import BOUNDS, check, make_trials
-from tests.zoo import create
+from tests.zoo import create_for
 
 
 class Scaled(nn.Module):
@@ -234,11 +234,9 @@ def deployed_once():
         if reason is not None:
             pytest.skip(f'{backend}: {reason}')
         if backend not in made:
-            # The compiler takes its time, and what it gives is an ordinary tensor whatever the network is.
-            model = create('cspnet_nano', num_classes=4) if not backend.startswith('inductor') else nn.Sequential(
-                nn.Conv2d(3, 8, 3, 2), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
             made[backend] = deploy(
-                model, torch.rand(1, 3, 64, 64), backend=backend, progress=False, seconds=0.01, isolate=False)
+                create_for(backend, 4), torch.rand(1, 3, 64, 64), backend=backend, progress=False, seconds=0.01,
+                isolate=False)
         return made[backend], torch.rand(1, 3, 64, 64)
 
     return get

@@ -30,7 +30,7 @@ from cspnet_timm.deployment.machine import native_precisions
 from cspnet_timm.deployment.quantize import quantize
 from tests.preloaded import python
 from tests.samples import FAMILIES
-from tests.zoo import create, create_short, distance
+from tests.zoo import create, create_for, create_short, distance
 
 CPU = torch.device('cpu')
 DATA = [name for name, backend in BACKENDS.items() if not backend.runs_code]
@@ -61,12 +61,6 @@ def quick(model, example, **kwargs):
         kwargs.setdefault('calibration', [example])
     kwargs.setdefault('isolate', False)  # test_isolation.py has what is done in another process
     return deploy(model, example, seconds=0.01, progress=False, **kwargs)
-
-
-def layers():
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(16, 7)).eval()
 
 
 def differences(a, b):
@@ -196,8 +190,7 @@ def test_regroup_keeps_what_it_cannot_widen():
 @pytest.mark.parametrize('backend, precision', CASES)
 def test_backend(backend, precision, tmp_path):
     needs(backend)
-    # The compiler takes seconds for each kernel; it takes a network in test_the_compiler_takes_the_forms.
-    model = layers() if backend.startswith('inductor') else create('cspnet_nano', num_classes=7)
+    model = create_for(backend, 7)  # the compiler takes a network in test_the_compiler_takes_the_forms
     example = image(5)
     # The others get to another process and back in test_isolation.py.
     deployed = quick(model, example, backend=backend, precision=precision, isolate=backend == 'inductor')

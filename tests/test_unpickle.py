@@ -588,7 +588,7 @@ def test_truncated_anywhere(index, step, originals, tmp_path):
         check_damaged(tmp_path / 'a.pt', data[:end], strict=True)
 
 
-# A tenth of what is tried where time does not matter; hypothesis draws others each time.
+# A fifth of what is tried where time does not matter; hypothesis draws others each time.
 some_and_many = pytest.mark.parametrize('examples', [150, pytest.param(700, marks=pytest.mark.slow)])
 
 

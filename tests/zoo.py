@@ -65,6 +65,15 @@ def create(name, **kwargs):
     return randomize(timm.create_model(name, **kwargs)).eval()
 
 
+def create_for(backend, num_classes):
+    """A small classifier for a backend; a few layers for the compiler, which takes seconds for each kernel."""
+    if not backend.startswith('inductor'):
+        return create('cspnet_nano', num_classes=num_classes)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, num_classes)).eval()
+
+
 def create_short(name, **kwargs):
     """As :func:`create`, with two or three blocks alike in a row at most: what comes next, a compiler has seen.
 
