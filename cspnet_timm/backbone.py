@@ -610,11 +610,14 @@ def _check_level(name: str, level: Level, args: LevelArgs, module: nn.Module, x:
     if unused:
         raise ValueError(
             f'{name}: Level(depth={level.depth}) has residual blocks that it does not build: {sorted(unused)}.')
+    # What ShapesAlone leaves out may have its tensors anywhere: of most levels there are no others.
     tensors = {
-        key: torch.empty_like(value, device='meta')
-        for key, value in module.state_dict(keep_vars=True).items() if not value.is_meta}
+        f'{prefix}.{key}'.lstrip('.'): torch.empty_like(value, device='meta')
+        for prefix, part in module.named_modules() if type(part) not in (nn.Conv2d, nn.BatchNorm2d)
+        for key, value in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        if not value.is_meta}
     module.eval()
-    with torch.no_grad(), ShapesAlone():
+    with torch.no_grad(), ShapesAlone(convolutions=False):
         y = torch.func.functional_call(module, tensors, (x,)) if tensors else module(x)
     module.train()
     expected = (1, level.out_chs, *(-(-side // args.stride) for side in x.shape[2:]))

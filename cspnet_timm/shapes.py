@@ -1,5 +1,5 @@
 """What a network makes of a shape, without what changes none."""
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,15 @@ class ShapesAlone(TorchFunctionMode):
     comes out has the right shape and no meaning. Convolutions and products are all there to be counted.
     """
 
+    def __init__(self, convolutions: bool = True) -> None:
+        """
+        Args:
+            convolutions: Without them their shapes are calculated, in a third of the time, and their weights may be on
+                any device.
+        """
+        super().__init__()
+        self.convolutions = convolutions
+
     def __torch_function__(
             self,
             func: Callable[..., Any],
@@ -28,4 +37,27 @@ class ShapesAlone(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.add and isinstance(args[1], torch.Tensor) and args[0].shape == args[1].shape:
             return args[0]
+        if func is F.conv2d and not self.convolutions:
+            return _convolved(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _convolved(
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor] = None,
+        stride: Union[int, Tuple[int, ...]] = 1,
+        padding: Union[int, str, Tuple[int, ...]] = 0,
+        dilation: Union[int, Tuple[int, ...]] = 1,
+        groups: int = 1,
+) -> torch.Tensor:
+    """What ``F.conv2d`` makes of a shape; where it makes nothing, it says itself why."""
+    if not isinstance(padding, str) and input.dim() == 4 and input.shape[1] == groups * weight.shape[1]:
+        numbers = [(n, n) if isinstance(n, int) else 2 * tuple(n) if len(n) == 1 else n
+                   for n in (stride, padding, dilation)]
+        sides = [(side + 2 * p - d * (k - 1) - 1) // s + 1
+                 for side, k, s, p, d in zip(input.shape[2:], weight.shape[2:], *numbers)]
+        if min(sides) > 0:
+            return input.new_empty(input.shape[0], weight.shape[0], *sides)
+    weight, bias = (t if t is None else t.to(input.device) for t in (weight, bias))
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)

@@ -1,5 +1,6 @@
 """What every registered model owes its users. A new family is tested by being registered."""
 import copy
+import itertools
 import operator
 
 import pytest
@@ -72,7 +73,7 @@ def test_contract(any_model):
     assert model.state_dict()[f'{cfg["classifier"]}.weight'].shape[0] == 3
 
     height, width = cfg['input_size'][1:]
-    with ShapesAlone():
+    with ShapesAlone(convolutions=False):
         features, maps = model.forward_intermediates(torch.empty(1, *cfg['input_size'], device='meta').bfloat16())
         assert model.forward_head(features).shape == (1, 3)
     assert tuple(features.shape[1:]) == (model.num_features, *cfg['pool_size'])
@@ -81,6 +82,27 @@ def test_contract(any_model):
 
 def test_feature_shapes(any_model):
     check_feature_shapes(any_model, 8)
+
+
+def test_shapes_are_calculated_as_they_are():
+    """Of a convolution of any arguments, with weights on another device; what PyTorch refuses is refused."""
+    choices = dict(kernel_size=(1, 2, 3, (1, 3)), stride=(1, 2, (2, 1)), padding=(0, 1, (1, 0), 'valid'),
+                   dilation=(1, 2, (1, 2)), groups=(1, 2), size=((4, 7), (8, 8), (1, 5)), in_chs=(4, 6))
+    refused = 0
+    for values in itertools.product(*choices.values()):
+        kwargs = dict(zip(choices, values))
+        x = torch.empty(2, kwargs.pop('in_chs'), *kwargs.pop('size'))
+        conv = nn.Conv2d(4, 8, **kwargs)
+        try:
+            shape = conv(x).shape
+        except RuntimeError as error:
+            refused += 1
+            with pytest.raises(type(error)), ShapesAlone(convolutions=False):
+                conv(x.to('meta'))
+        else:
+            with ShapesAlone(convolutions=False):
+                assert conv(x.to('meta')).shape == shape, kwargs
+    assert refused > 100
 
 
 @pytest.mark.slow
@@ -95,7 +117,7 @@ def check_feature_shapes(any_model, output_stride):
             create_model(any_model, features_only=True, output_stride=output_stride, device='meta')
         return
     model = create_model(any_model, features_only=True, output_stride=output_stride, device='meta').eval()
-    with ShapesAlone():
+    with ShapesAlone(convolutions=False):
         outputs = model(torch.empty(1, 3, 128, 192, device='meta'))
     assert len(outputs) == len(model.feature_info.channels()) >= 4
     for output, chs, reduction in zip(outputs, model.feature_info.channels(), model.feature_info.reduction()):
@@ -122,7 +144,7 @@ def test_out_indices(network, out_indices):
     n = len(every.feature_info.channels())
     wanted = range(n - out_indices, n) if isinstance(out_indices, int) else sorted(i % n for i in out_indices)
     assert model.feature_info.channels() == [every.feature_info.channels()[i] for i in wanted]
-    with ShapesAlone():
+    with ShapesAlone(convolutions=False):
         outputs = model(torch.empty(1, 3, 64, 64, device='meta'))
     assert [o.shape[1] for o in outputs] == model.feature_info.channels()
     assert [64 // o.shape[-1] for o in outputs] == model.feature_info.reduction()
