@@ -11,6 +11,7 @@ imports the framework:
     python -m tests.parity net_s  # the layout of a fixture: what is known of it, its maps, its parameters in file order
 """
 import json
+import math
 import sys
 import zlib
 from pathlib import Path
@@ -22,9 +23,12 @@ from safetensors.torch import save_file
 
 FOLDER = Path(__file__).with_name('parity')
 
+_RANDOM = np.random.RandomState()  # a new one for every tensor would take longer than most tensors do
+
 
 def _value(key, shape):
-    rs = np.random.RandomState(zlib.crc32(key.encode()))
+    rs = _RANDOM
+    rs.seed(zlib.crc32(key.encode()))
     if key.endswith('num_batches_tracked'):
         return np.zeros(shape, dtype=np.int64)
     if key.endswith(('running_var', '_variance')):
@@ -32,7 +36,7 @@ def _value(key, shape):
     elif key.endswith(('running_mean', '_mean')):
         value = 0.2 * rs.standard_normal(shape)
     elif len(shape) >= 2:
-        value = rs.standard_normal(shape) * np.sqrt(1.6 / np.prod(shape[1:]))
+        value = rs.standard_normal(shape) * math.sqrt(1.6 / math.prod(shape[1:]))
     elif key.endswith('alpha'):
         value = 0.25 + rs.random_sample(shape)
     elif key.endswith('weight'):

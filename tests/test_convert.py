@@ -131,7 +131,8 @@ def test_own_models_and_timms(tmp_path):
     conversion.convert(tmp_path / 'a.pth.tar', tmp_path / 'out', license='mit')
     again = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert again.num_classes == 5
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+    expected = model.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in again.state_dict().items())
     theirs = create('cs3darknet_focus_s', num_classes=3)
     save_file(theirs.state_dict(), tmp_path / 'b.safetensors')
     done = conversion.convert(tmp_path / 'b.safetensors', tmp_path / 'theirs')

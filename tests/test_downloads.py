@@ -72,7 +72,8 @@ def test_download_and_verify(released, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv(sources.FOLDER_VARIABLE, str(folder))
     loaded = timm.create_model(NAME, pretrained=True, num_classes=0)
-    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    found = loaded.state_dict()
+    assert all(torch.equal(v, found[k]) for k, v in model.state_dict().items())
 
 
 def test_download_converted(released, tmp_path, monkeypatch):
@@ -86,7 +87,8 @@ def test_download_converted(released, tmp_path, monkeypatch):
     monkeypatch.setenv(sources.FOLDER_VARIABLE, str(folder))
     loaded = timm.create_model(OTHER, pretrained=True, cache_dir=tmp_path / 'empty')
     # As the network takes it: a pose's network takes RGB as the file's does.
-    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    found = loaded.state_dict()
+    assert all(torch.equal(v, found[k]) for k, v in model.state_dict().items())
 
 
 def test_what_is_not_downloaded_is_said(web, tmp_path, capsys, monkeypatch):  # noqa: F811

@@ -134,8 +134,8 @@ def test_an_extractor_takes_what_the_network_takes(fixture, feature_cls, out_ind
         with open_checkpoint(path) as checkpoint:
             second.load_state_dict({'state_dict': checkpoint.state_dict()})
     for extractor in (first, second, pickle.loads(pickle.dumps(first))):
-        given = extractor.state_dict()
-        assert given and all(torch.equal(v, whole.state_dict()[k.removeprefix('model.')]) for k, v in given.items())
+        given, expected = extractor.state_dict(), whole.state_dict()
+        assert given and all(torch.equal(v, expected[k.removeprefix('model.')]) for k, v in given.items())
         assert type(extractor(torch.zeros(1, 3, 64, 64))) is not torch.Tensor
     with pytest.raises(CheckpointError, match='5 tensors are missing'):
         second.load_state_dict(dict(list(whole.state_dict().items())[5:]))

@@ -218,7 +218,8 @@ def test_a_folder_that_is_not_there(web, monkeypatch, tmp_path):
 
 
 def _same(model, other):
-    return all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+    expected = other.state_dict()
+    return all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
 @pytest.fixture(scope='module')

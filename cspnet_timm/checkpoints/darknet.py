@@ -14,6 +14,7 @@ Format: https://github.com/AlexeyAB/darknet, ``src/parser.c``
 import csv
 import functools
 import logging
+import math
 import os
 import re
 import struct
@@ -143,7 +144,7 @@ class _Tensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
 
 class _Extent(NamedTuple):
