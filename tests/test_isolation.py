@@ -16,6 +16,7 @@ from tests import planted, zoo
 from tests.preloaded import python
 
 NAMES = [backend.name for backend in planted.ALL]
+PYTHON = sys.executable
 
 
 class Own(nn.Module):
@@ -34,6 +35,7 @@ def plants(monkeypatch, tmp_path):
     for backend in planted.ALL:
         monkeypatch.setitem(BACKENDS, backend.name, backend)
     monkeypatch.setenv('PLANTED_PID', str(tmp_path / 'pid'))
+    monkeypatch.setattr(sys, 'executable', python())  # of the processes in which candidates are tried
     return tmp_path / 'pid'
 
 
@@ -91,7 +93,8 @@ def test_what_hangs_is_ended(plants, capsys, monkeypatch):
     assert 'hangs float32: converting for 1 s, given up after 2 s' in capsys.readouterr().err
 
 
-def test_nothing_survives(plants):
+def test_nothing_survives(plants, monkeypatch):
+    monkeypatch.setattr(sys, 'executable', PYTHON)  # a process of its own, and not a fork
     before = set(Path(isolation.tempfile.gettempdir()).glob('cspnet-timm-*'))
     with pytest.raises(DeployError, match=r'No backend takes this model: killed float32: ended its process by sign'):
         quick('killed')
@@ -153,7 +156,7 @@ class Mine(nn.Module):
     def forward(self, x):
         return self.conv(self.hook(x))
 
-fast = deploy(Mine(), torch.rand(1, 3, 16, 16), backend='onnxruntime', seconds=.01, progress=False)
+fast = deploy(Mine(), torch.rand(1, 3, 16, 16), backend='openvino', seconds=.01, progress=False)
 print(tuple(fast(torch.rand(3, 3, 16, 16)).shape))
 '''
 
@@ -162,7 +165,7 @@ print(tuple(fast(torch.rand(3, 3, 16, 16)).shape))
 @pytest.mark.parametrize('how', ['file', 'input', 'thread', 'daemon'])
 def test_the_callers_script_is_not_run_again(how, tmp_path):
     """Without a guard, a class of its own that no other process can import, from wherever it comes."""
-    pytest.importorskip('onnxruntime')
+    pytest.importorskip('openvino')
     script = SCRIPT
     body = ''.join(f'    {line}\n' for line in SCRIPT.splitlines())
     if how == 'thread':

@@ -215,8 +215,8 @@ def test_operations(name, precision):
 @pytest.mark.parametrize('precision', ['bfloat16', 'int8'])
 @pytest.mark.parametrize('name', LEVELS)
 def test_all_operations(name, precision, c):
-    """The product of sizes, threads and what is fused, on every batch; a fifth or a tenth of it, in turns."""
-    done, step = 0, 5 if c == 33 else 10
+    """The product of sizes, threads and what is fused, on every batch; a tenth or a twentieth of it, in turns."""
+    done, step = 0, 10 if c == 33 else 20
     with level(name):
         for k, (title, op, weights) in enumerate(operations(c)):
             product = itertools.product(SIZES, (1, 2), FUSED if weights else FUSED[:1])

@@ -173,15 +173,14 @@ def test_an_extractor_has_no_parameter_that_its_maps_do_not_need(out_indices):
     *(pytest.param(name, marks=pytest.mark.slow) for name in ('cspnet_yolov4_tiny_pan', 'cspnet_yolov9t_pan')),
 ])
 def test_extractors_of_any_levels(name):
-    """Of every choice: the maps of the whole network, and no parameter that they do not need."""
+    """Of every choice, or of a third: the maps of the whole network, and no parameter that they do not need."""
     whole = create(name)
     state_dict = {f'model.{k}': v for k, v in whole.state_dict().items()}
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         maps = whole.forward_intermediates(x, intermediates_only=True)
-    choices = itertools.chain.from_iterable(
-        itertools.combinations(range(len(maps)), n) for n in range(1, len(maps) + 1))
-    for out_indices in choices:
+    choices = [c for n in range(1, len(maps) + 1) for c in itertools.combinations(range(len(maps)), n)]
+    for out_indices in choices if name.startswith('stages_') else choices[::3]:
         model = timm.create_model(name, features_only=True, out_indices=out_indices)
         model.load_state_dict(state_dict)
         with torch.no_grad():

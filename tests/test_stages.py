@@ -12,6 +12,7 @@ from timm.models import create_model
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from tests.samples import FEW
+from tests.stages import LEAKY
 from tests.zoo import REPRESENTATIVES, create_short, distance, smallest_of_each_structure, structure
 
 SIZE = 64
@@ -21,7 +22,7 @@ def image(batch=2, size=(SIZE, SIZE)):
     return torch.randn(batch, 3, *size)
 
 
-@pytest.mark.networks('stages_detectors')
+@pytest.mark.networks('stages_detectors', whole=False)
 @pytest.mark.parametrize('features', [False, True])
 def test_torchscript(build, features):
     model = build(features_only=features, scriptable=True)
@@ -69,7 +70,9 @@ def test_compile(build):
     with torch.no_grad():
         for batch in (2, 3, 5):
             x = image(batch)
-            assert distance(compiled(x), model(x)) < 1e-5
+            torch._dynamo.mark_dynamic(x, 0)
+            with torch._dynamo.config.patch(error_on_recompile=batch > 2):
+                assert distance(compiled(x), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize('network', [  # the others' blocks are among these, but for what joins them
@@ -108,7 +111,7 @@ def export(model):
 
 
 @pytest.mark.parametrize('network', [  # the other small ones are exported on their way to ONNX
-    'stages_detectors', *(pytest.param(name, marks=pytest.mark.slow) for name in FEW)])
+    'stages_detectors', pytest.param('cspnet_yolo11n', marks=pytest.mark.slow)])
 def test_export(build):
     model, x = Everything(build()).eval(), image(*OTHER)
     program = export(model)
@@ -120,10 +123,12 @@ def test_export(build):
 
 @pytest.mark.slow
 @pytest.mark.networks(whole=False)
-def test_onnx(build, tmp_path):
+def test_onnx(build, network, tmp_path):
     import onnxruntime
 
-    model, x = Everything(build()).eval(), image(*OTHER)
+    # A leaky ReLU takes the exporter longer than all else in the network, so that a small one has it.
+    other = {'stages_paper': dict(act_layer='silu'), 'stages_padding': dict(act_layer=LEAKY)}
+    model, x = Everything(build(**other.get(network, {}))).eval(), image(*OTHER)
     path = tmp_path / 'model.onnx'
     if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 9):
         torch.onnx.export(export(model), (), path, dynamo=True, verbose=False)

@@ -355,7 +355,7 @@ def test_dicts_within_dicts_end(tmp_path):
 @pytest.mark.slow
 def test_reading_takes_twice_the_size_at_most(tmp_path):
     """Of the resident memory of a process of its own, which counts torch's allocations as well."""
-    weights = {f'w{i}': torch.rand(1000, 1000).half() for i in range(40)}
+    weights = {f'w{i}': torch.rand(1000, 1000).half() for i in range(20)}
     torch.save({'state_dict': weights}, tmp_path / 'half.pt')
     torch.save({'state_dict': {k: v.t() for k, v in weights.items()}}, tmp_path / 'transposed.pt',
                _use_new_zipfile_serialization=False)
@@ -373,7 +373,7 @@ def test_reading_takes_twice_the_size_at_most(tmp_path):
         with open_checkpoint(sys.argv[1]) as checkpoint:
             described = resident() - before
             tensors = checkpoint.state_dict()
-        assert sum(v.numel() for v in tensors.values()) == 40_000_000
+        assert sum(v.numel() for v in tensors.values()) == 20_000_000
         print(described, resident() - before, os.path.getsize(sys.argv[1]))
     ''')
     for file in ('half.pt', 'transposed.pt', 'a.pdparams'):

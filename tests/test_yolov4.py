@@ -308,7 +308,7 @@ def test_a_detector_of_any_number_of_classes_and_its_beginning(num_classes, held
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(num_classes=st.integers(1, 600), held=st.integers(0, 6), cut=st.integers(-3, 3))
 def test_fuzzed_beginnings_of_detectors(num_classes, held, cut, tmp_path):
     check_detector(tmp_path / 'a.weights', num_classes, held, cut)
