@@ -59,5 +59,5 @@ def _convolved(
                  for side, k, s, p, d in zip(input.shape[2:], weight.shape[2:], *numbers)]
         if min(sides) > 0:
             return input.new_empty(input.shape[0], weight.shape[0], *sides)
-    weight, bias = (t if t is None else t.to(input.device) for t in (weight, bias))
+    weight, bias = weight.to(input.device), None if bias is None else bias.to(input.device)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
