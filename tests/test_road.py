@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from timm.utils import freeze, reparameterize_model
@@ -591,6 +591,8 @@ def _text(value):
 
 @GENERATED
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300))
+@example(13, 299, 6)  # as many names as could once be had
+@example(100, 300, 1)
 def test_shared_children_are_paid_for(tmp_path_factory, params, middles, leaves):
     import tracemalloc
 

@@ -20,7 +20,7 @@ from .unpickle import Array, Budget, Record
 __all__ = ['describe', 'recognises']
 
 _MAX_DEPTH = 32
-_NAME_COST = 120  # of a name in memory, beside its letters
+_NAME_COST = 400  # of a name in all tables of this module, beside its letters: measured with CPython 3.10
 _AGPL = 'agpl-3.0'
 _PACKAGE = __name__.partition('.')[0]
 _SCALES = {  # depth and width multiples, of the networks whose files do not name their size otherwise
