@@ -612,9 +612,9 @@ def _check_level(name: str, level: Level, args: LevelArgs, module: nn.Module, x:
             f'{name}: Level(depth={level.depth}) has residual blocks that it does not build: {sorted(unused)}.')
     # What ShapesAlone leaves out may have its tensors anywhere: of most levels there are no others.
     tensors = {
-        f'{prefix}.{key}'.lstrip('.'): torch.empty_like(value, device='meta')
+        key: torch.empty_like(value, device='meta')
         for prefix, part in module.named_modules() if type(part) not in (nn.Conv2d, nn.BatchNorm2d)
-        for key, value in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        for key, value in (*part.named_parameters(prefix, recurse=False), *part.named_buffers(prefix, recurse=False))
         if not value.is_meta}
     module.eval()
     with torch.no_grad(), ShapesAlone(convolutions=False):

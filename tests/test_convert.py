@@ -19,7 +19,7 @@ from tests import foreign
 from tests.hub_server import OWNER, Hub
 from tests.parity import load_fixture
 from tests.test_checkpoints import NETWORKS, largest_distance
-from tests.zoo import create, distance
+from tests.zoo import create, distance, same_weights
 
 pytestmark = pytest.mark.filterwarnings('ignore:Couldn.t retrieve source code')
 
@@ -131,8 +131,7 @@ def test_own_models_and_timms(tmp_path):
     conversion.convert(tmp_path / 'a.pth.tar', tmp_path / 'out', license='mit')
     again = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert again.num_classes == 5
-    expected = model.state_dict()
-    assert all(torch.equal(v, expected[k]) for k, v in again.state_dict().items())
+    assert same_weights(again, model)
     theirs = create('cs3darknet_focus_s', num_classes=3)
     save_file(theirs.state_dict(), tmp_path / 'b.safetensors')
     done = conversion.convert(tmp_path / 'b.safetensors', tmp_path / 'theirs')

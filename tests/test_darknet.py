@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo
 from cspnet_timm import cli
 from cspnet_timm.checkpoints import CheckpointError, darknet, read_foreign
 from tests.parity import load_fixture
-from tests.zoo import distance
+from tests.zoo import distance, same_weights
 
 FIXTURES = {
     'csresnet50': 'cspnet_resnet50',
@@ -145,8 +145,7 @@ def test_loaded_model_can_be_saved(mobile_file, tmp_path):
     model = create(MOBILE, mobile_file)
     timm.models.save_for_hf(model, tmp_path / 'model', safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[key]), key
+    assert same_weights(model, again)
     assert list(again.pretrained_cfg['mean']) == [0., 0., 0.]
     assert list(again.pretrained_cfg['std']) == [1., 1., 1.]
     assert again.pretrained_cfg['interpolation'] == 'bilinear'

@@ -15,6 +15,7 @@ from cspnet_timm.downloads import select
 from cspnet_timm.families import WEIGHTS
 from cspnet_timm.sources import Source
 from tests.test_sources import web  # noqa: F401  a fixture
+from tests.zoo import same_weights
 
 NAME, OTHER = 'cspnet_rtmdet_tiny.coco', 'cspnet_rtmdet_tiny.udp_aic_coco'
 
@@ -72,8 +73,7 @@ def test_download_and_verify(released, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv(sources.FOLDER_VARIABLE, str(folder))
     loaded = timm.create_model(NAME, pretrained=True, num_classes=0)
-    found = loaded.state_dict()
-    assert all(torch.equal(v, found[k]) for k, v in model.state_dict().items())
+    assert same_weights(model, loaded)
 
 
 def test_download_converted(released, tmp_path, monkeypatch):
@@ -87,8 +87,7 @@ def test_download_converted(released, tmp_path, monkeypatch):
     monkeypatch.setenv(sources.FOLDER_VARIABLE, str(folder))
     loaded = timm.create_model(OTHER, pretrained=True, cache_dir=tmp_path / 'empty')
     # As the network takes it: a pose's network takes RGB as the file's does.
-    found = loaded.state_dict()
-    assert all(torch.equal(v, found[k]) for k, v in model.state_dict().items())
+    assert same_weights(model, loaded)
 
 
 def test_what_is_not_downloaded_is_said(web, tmp_path, capsys, monkeypatch):  # noqa: F811

@@ -20,6 +20,7 @@ from cspnet_timm.sources import DownloadError, Source
 from tests.hub_server import Hub
 from tests.test_hub import client_environment, environment
 from tests.web_server import Web
+from tests.zoo import same_weights
 
 NAME = 'cspnet_rtmdet_tiny.rsb_a1_in1k'
 DATA = random.Random(0).randbytes(20000)  # the same in every process that collects the tests
@@ -217,11 +218,6 @@ def test_a_folder_that_is_not_there(web, monkeypatch, tmp_path):
         timm.create_model('cspnet_yolox_nano', pretrained=True)
 
 
-def _same(model, other):
-    expected = other.state_dict()
-    return all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
-
-
 @pytest.fixture(scope='module')
 def trained():
     from tests.zoo import create
@@ -258,7 +254,7 @@ def test_a_folder_of_files(layout, where, trained, tmp_path, monkeypatch):
         loaded = timm.create_model(NAME, pretrained=True)
     else:
         loaded = timm.create_model(NAME, pretrained=True, cache_dir=tmp_path)
-    assert _same(loaded, model)
+    assert same_weights(loaded, model)
     assert loaded.pretrained_cfg['hf_hub_id'] == 'munehiro-k/cspnext_tiny.rsb_a1_in1k'
 
 
@@ -316,7 +312,7 @@ def test_a_model_takes_the_second_source(web, down, tmp_path, monkeypatch, train
     web.files['net.pth'] = (tmp_path / 'file.pth').read_bytes()
     monkeypatch.setitem(WEIGHTS, NAME, replace(info, sources=(Source(url=down), source(web, 'good'))))
     model = timm.create_model(NAME, pretrained=True, cache_dir=tmp_path / 'cache')
-    assert _same(model, trained['cspnet_rtmdet_tiny'])
+    assert same_weights(model, trained['cspnet_rtmdet_tiny'])
     assert model.pretrained_cfg['url'] == info.sources[-1].url
 
 

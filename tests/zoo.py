@@ -113,6 +113,12 @@ def randomize(model, seed=0):
     return model
 
 
+def same_weights(model, other):
+    """Whether every tensor of a model's state dict is in another's, and equal."""
+    expected = other.state_dict()
+    return all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
 def distance(a, b):
     """Relative distance of two tensors: ``|a - b| / |b|``."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
